@@ -1,0 +1,88 @@
+"""Files that are either whole or absent: written aside, flushed to the disk, then renamed into place."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "MANIFEST.json"
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Publishes a file; a reader sees the former one or this one, never a part."""
+    with writing(path) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, tree: Any) -> None:
+    write(path, json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when the block ends well and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        flush(aside)
+        os.replace(aside, path)
+        flush(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def publishing(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder`, with a manifest of its files, when the block ends well.
+
+    A `folder` that exists already, which only a repeated interval can have written, is replaced.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(aside.iterdir())}
+        (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=2))
+        for path in (*aside.iterdir(), aside):
+            flush(path)
+        if folder.exists():
+            os.rename(folder, aside.with_suffix(".old"))
+            shutil.rmtree(aside.with_suffix(".old"))
+        os.rename(aside, folder)
+        flush(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that `publishing` wrote, or None when every file is as it was written."""
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        for name, written in files.items():
+            path = folder / Path(name).name
+            if path.stat().st_size != written["bytes"] or sha256(path) != written["sha256"]:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as wrong:
+        return f"{type(wrong).__name__}: {wrong}"
+    return None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Hands a file, or the entries of a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

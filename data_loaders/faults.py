@@ -1,0 +1,34 @@
+"""What is wrong with something that a user gave: all of it at once, each with its place and its repair."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+SHOWN = 20
+
+
+class Fault(NamedTuple):
+    """One thing that is wrong."""
+
+    where: str
+    """file:line:column, a file, or the dotted path of a setting."""
+    what: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" + (f" — {self.fix}" if self.fix else "")
+
+
+class Refusal(Exception):
+    """The input cannot be used as it is. Carries every fault found in one pass; jobs print it and exit with its code.
+
+    Exit codes follow sysexits.h: 2 usage or settings, 65 data, 73 cannot write, 75 try again.
+    """
+
+    def __init__(self, title: str, faults: Sequence[Fault] = (), exit_code: int = 2) -> None:
+        self.title, self.faults, self.exit_code = title, list(faults), exit_code
+        super().__init__(title, self.faults, exit_code)
+
+    def __str__(self) -> str:
+        more = len(self.faults) - SHOWN
+        lines = [self.title, *(f"  {fault}" for fault in self.faults[:SHOWN])]
+        return "\n".join(lines + ([f"  … and {more:,} more"] if more > 0 else []))

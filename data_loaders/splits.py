@@ -1,0 +1,90 @@
+"""Draws train, validation and test rows, stratified by class and group, never dividing a unit such as a patient."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+from pydantic import model_validator
+
+from data_loaders.settings import Fraction, Settings
+from data_loaders.sources.rows import Row
+
+TRAIN = "train"
+
+
+class Splits(Settings):
+    """Share of the rows without a given split that each split draws; the rest is `train`."""
+
+    val: Fraction = 0.1
+    test: Fraction = 0.1
+    """Nothing is drawn for a split that the source gives already."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _leaves_rows_to_train(self) -> "Splits":
+        if self.val + self.test >= 1:
+            raise ValueError(f"val + test = {self.val + self.test:g} leaves no row to train on")
+        return self
+
+    def draw(self, rows: list[Row]) -> list[Row]:
+        """The rows, each with its split. Every stratum (class and groups) is divided to within one row of its share,
+        or as nearly as whole units allow."""
+        given = {row.split for row in rows}
+        shares = {name: share for name, share in (("val", self.val), ("test", self.test)) if name not in given}
+        alone = [i for i, row in enumerate(rows) if not row.split and not row.unit]
+        drawn = dict(zip(alone, self._divide([rows[i] for i in alone], shares), strict=True))
+        units: dict[str, list[int]] = defaultdict(list)
+        for i, row in enumerate(rows):
+            if row.unit and not row.split:
+                units[row.unit].append(i)
+        for unit, split in self._assign({u: [rows[i] for i in members] for u, members in units.items()}, shares).items():
+            drawn |= dict.fromkeys(units[unit], split)
+        return [row if row.split else row._replace(split=drawn[i]) for i, row in enumerate(rows)]
+
+    def _divide(self, rows: list[Row], shares: Mapping[str, float]) -> list[str]:
+        strata: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for i, row in enumerate(rows):
+            strata[_stratum(row)].append(i)
+        split = [TRAIN] * len(rows)
+        want = dict.fromkeys(shares, 0.5)  # carried from stratum to stratum, so that small ones do not all round down
+        for stratum in sorted(strata):
+            members = sorted(strata[stratum], key=lambda i: self._order(rows[i].path))
+            taken = 0
+            for name, share in shares.items():
+                before = int(want[name])
+                want[name] += share * len(members)
+                count = int(want[name]) - before
+                for i in members[taken : taken + count]:
+                    split[i] = name
+                taken += count
+        return split
+
+    def _assign(self, units: Mapping[str, list[Row]], shares: Mapping[str, float]) -> dict[str, str]:
+        """Largest units first, each to the split that most lacks rows of its strata."""
+        total = Counter(_stratum(row) for rows in units.values() for row in rows)
+        shares = {TRAIN: 1 - sum(shares.values()), **shares}
+        lack = {name: {s: share * n for s, n in total.items()} for name, share in shares.items()}
+        split: dict[str, str] = {}
+        for unit in sorted(units, key=lambda u: (-len(units[u]), self._order(u))):
+            content = Counter(_stratum(row) for row in units[unit])
+            split[unit] = max(lack, key=lambda name: _gain(lack[name], content, total))
+            for stratum, n in content.items():
+                lack[split[unit]][stratum] -= n
+        return split
+
+    def _order(self, name: str) -> bytes:
+        return hashlib.blake2b(f"{self.seed}\0{name}".encode(), digest_size=8).digest()
+
+
+def _stratum(row: Row) -> tuple[str, ...]:
+    return (row.label, *row.groups)
+
+
+def _gain(lack: Mapping[tuple[str, ...], float], content: Mapping[tuple[str, ...], int], total: Counter) -> float:
+    """By how much the squared distance from the wanted counts shrinks, in shares of each stratum."""
+    return sum((lack[s] ** 2 - (lack[s] - n) ** 2) / total[s] for s, n in content.items())
+
+
+def counts(rows: Iterable[Row]) -> dict[str, int]:
+    """Rows of each split, in the order of first appearance."""
+    return dict(Counter(row.split for row in rows))

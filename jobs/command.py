@@ -1,0 +1,35 @@
+"""How every job is called: YAML files and path=value words, --help, one message for all that is wrong, an exit code."""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from data_loaders.faults import Refusal
+from data_loaders.settings import Settings, describe, parse
+
+S = TypeVar("S", bound=Settings)
+
+EPILOGUE = """
+Words: names of YAML files and path=value, later ones winning, for example
+  {example}
+
+Exit codes: 0 done; 2 wrong settings; 65 unusable data; 73 the result cannot be written; 75 try again; 130 interrupted."""
+
+
+def command(kind: Callable[[], type[S]], doc: str | None, example: str, action: Callable[[S], None]) -> None:
+    """Runs a job and exits. `kind` is a function so that its imports do not delay what does not need them."""
+    words = sys.argv[1:]
+    try:
+        settings_class = kind()
+        if "--help" in words or "-h" in words or not words:
+            print(f"{(doc or '').strip()}\n\nSettings:")
+            print("\n".join(describe(settings_class)))
+            print(EPILOGUE.format(example=example))
+            sys.exit(0 if words else 2)
+        action(parse(settings_class, words))
+    except Refusal as refusal:
+        print(refusal, file=sys.stderr)
+        sys.exit(refusal.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,113 @@
+"""Checkpoints that a run goes on from, and the model that it ends with: safetensors and JSON, hashed, published whole.
+
+A checkpoint is run/checkpoints/step-NNNNNNNNN/{model,optimizer,tally}.safetensors, state.json, MANIFEST.json.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data_loaders import durable
+from data_loaders.faults import Fault, Refusal
+from data_loaders.settings import dump, parse
+from trainer.config import Config
+from trainer.decision.ledger import Ledger
+from trainer.networks import Classifier
+
+
+def save(run: Path, step: int, identity: str, model: nn.Module, optimizer: Optimizer, seen: Tensor, keep: int) -> Path:
+    """Publishes the state after `step` steps, then removes all but the newest `keep`; the path of the checkpoint."""
+    folder = run / "checkpoints" / f"step-{step:09d}"
+    tensors, state = _split(optimizer)
+    with durable.publishing(folder) as aside:
+        save_file(_on_cpu(model.state_dict()), aside / "model.safetensors")
+        save_file(_on_cpu(tensors), aside / "optimizer.safetensors")
+        save_file(_on_cpu({"seen": seen}), aside / "tally.safetensors")
+        durable.write_json(aside / "state.json", {"step": step, "identity": identity, "optimizer": state})
+    for old in _steps(run)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def restore(run: Path, identity: str, model: nn.Module, optimizer: Optimizer, seen: Tensor) -> tuple[int, list[str]]:
+    """Loads the newest checkpoint that verifies: the steps it has done (0 without one), and what was skipped and why."""
+    skipped: list[str] = []
+    for folder in _steps(run):
+        wrong = durable.damage(folder)
+        if wrong:
+            skipped.append(f"{folder}: {wrong}")
+            continue
+        state = json.loads((folder / "state.json").read_bytes())
+        if state["identity"] != identity:
+            fix = "give another name=…, or remove the folder to start anew"
+            raise Refusal("This run was started with other settings:", [Fault(str(run), "holds its checkpoints", fix)])
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        optimizer.load_state_dict(_join(load_file(folder / "optimizer.safetensors"), state["optimizer"]))
+        seen.copy_(load_file(folder / "tally.safetensors")["seen"])
+        return state["step"], skipped
+    return 0, skipped
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with all that is needed to use it."""
+
+    model: Classifier
+    config: Config
+    ledger: Ledger
+
+
+def save_model(folder: Path, model: nn.Module, config: Config, ledger: Ledger, facts: Mapping[str, Any]) -> None:
+    """Publishes a trained model: weights, settings (with the preprocessing) and ledger."""
+    with durable.publishing(folder) as aside:
+        save_file(_on_cpu(model.state_dict()), aside / "model.safetensors")
+        (aside / "config.yaml").write_text(dump(config))
+        durable.write_json(aside / "ledger.json", ledger.to_json())
+        durable.write_json(aside / "facts.json", dict(facts))
+
+
+def load_model(folder: Path, device: torch.device) -> Trained:
+    """The model that `save_model` wrote, ready to evaluate."""
+    wrong = durable.damage(folder)
+    if wrong:
+        raise Refusal("The model cannot be used:", [Fault(str(folder), wrong, "train it first, or restore it")], 65)
+    config = parse(Config, [str(folder / "config.yaml")])
+    ledger = Ledger.from_json(json.loads((folder / "ledger.json").read_bytes()))
+    model = config.model.build(len(ledger.classes), config.seed)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return Trained(model.to(device).eval(), config, ledger)
+
+
+def _steps(run: Path) -> list[Path]:
+    """Checkpoints, newest first."""
+    return sorted((run / "checkpoints").glob("step-*"), reverse=True)
+
+
+def _split(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of an optimiser as named tensors and a JSON tree."""
+    state = optimizer.state_dict()
+    tensors = {f"{p}.{k}": v for p, values in state["state"].items() for k, v in values.items() if isinstance(v, Tensor)}
+    plain = {
+        str(p): {k: v for k, v in values.items() if not isinstance(v, Tensor)} for p, values in state["state"].items()
+    }
+    return tensors, {"param_groups": state["param_groups"], "state": plain}
+
+
+def _join(tensors: dict[str, Tensor], tree: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(p): dict(values) for p, values in tree["state"].items()}
+    for name, tensor in tensors.items():
+        parameter, _, key = name.partition(".")
+        state[int(parameter)][key] = tensor
+    return {"state": state, "param_groups": tree["param_groups"]}
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

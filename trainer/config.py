@@ -1,0 +1,65 @@
+"""One training run, as one tree of settings. It only composes; each part lives with what it sets."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from data_loaders.loader import Data
+from data_loaders.settings import Settings, digest
+from trainer.context import Cluster
+from trainer.decision.ledger import Decision
+from trainer.losses import AnyLoss, CrossEntropy
+from trainer.model import AnyModel, SmallCnn
+from trainer.optimizer import AnyOptimizer, Sgd
+from trainer.penalties import Penalties
+from trainer.tracking import Tracking
+
+
+class Train(Settings):
+    """How long to train, and how."""
+
+    epochs: PositiveFloat = 10.0
+    """Times that as many images are drawn as the training split has rows."""
+    steps: PositiveInt | None = None
+    """Optimiser steps; wins over epochs."""
+    report_every: PositiveInt = 100
+    """Steps between two reports, each with a validation and a checkpoint."""
+    keep: PositiveInt = 2
+    """Checkpoints that are kept, the newest ones."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of convolutions and products; `auto` is bfloat16 on a GPU that has it, else float32."""
+
+    def total(self, rows: int, batch: int) -> int:
+        """Optimiser steps of the run."""
+        return self.steps or max(1, round(self.epochs * rows / batch))
+
+
+class Config(Settings):
+    """One training run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run's folder, and its run in Weights & Biases."""
+    folder: Path = Path("runs")
+    """Where run folders lie; on a cluster, storage that every node sees."""
+    seed: NonNegativeInt = 0
+    """Seeds the order of the data, the augmentation, the first weights and dropout."""
+    data: Data
+    model: AnyModel = SmallCnn()
+    loss: AnyLoss = CrossEntropy()
+    penalties: Penalties = Penalties()
+    optimizer: AnyOptimizer = Sgd()
+    train: Train = Train()
+    decision: Decision = Decision()
+    cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
+
+    @property
+    def run_folder(self) -> Path:
+        return self.folder / self.name
+
+    @property
+    def identity(self) -> str:
+        """Hash of what decides the weights: the same for any cluster, place and tracking."""
+        same = {"name": "run", "folder": Path("runs"), "cluster": Cluster(), "tracking": Tracking()}
+        return digest(self.model_copy(update=same))

@@ -1,0 +1,200 @@
+"""Ray Train: the same loop on the workers of a cluster, and one collector beside the driver.
+
+What Ray really does, and why each step is so, is told in docs/architecture.md.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from data_loaders.faults import Fault, Refusal
+from data_loaders.settings import dump, parse_text
+from trainer.collect import Collector
+from trainer.config import Config
+from trainer.context import Cluster, Row, all_reduce
+from trainer.loop import fit
+from trainer.run import Run, claim
+
+COLLECTOR_TIMEOUT_S = 120
+FOLLOW_EVERY_S = 0.5
+
+
+def train(config: Config) -> Run:
+    """Trains on the workers of a Ray cluster, and leaves everything in the run's folder."""
+    config = claim(config)
+    text = dump(config)
+    with cluster(config.cluster):
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+        collector = ray.remote(Collector).options(**options).remote(text)
+        exit_code = 1
+        try:
+            with following(collector):
+                _trainer(config, text, collector).fit()
+            exit_code = 0
+        except ray.train.TrainingFailedError as failure:
+            faults = [
+                Fault(f"worker {rank}", str(wrong).strip().splitlines()[-1])
+                for rank, wrong in getattr(failure, "worker_failures", {}).items()
+            ] or [Fault(config.name, str(failure))]
+            title = "Training failed. The same command goes on from the newest checkpoint; the first cause was:"
+            raise Refusal(title, faults, 75) from failure
+        finally:
+            facts = ray.get(collector.close.remote(exit_code), timeout=COLLECTOR_TIMEOUT_S)
+            ray.kill(collector)
+    return Run(config.run_folder, facts)
+
+
+@dataclass
+class RayContext:
+    """A worker of Ray Train."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        where = ray.train.get_context()
+        self.rank, self.workers = where.get_world_rank(), where.get_world_size()
+        self.device = get_device()
+
+    def sum(self, tensor):
+        return all_reduce(tensor) if self.workers > 1 else tensor
+
+    def report(self, key: str, row: Row, checkpoint: Path | None) -> None:
+        """Ray gets the row, and for its tools a pointer to the checkpoint, which is published already."""
+        metrics = {"key": key, "row": row if self.rank == 0 else {}, "rank": self.rank}
+        if checkpoint is None:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as pointer:
+            (Path(pointer) / "checkpoint.json").write_text(json.dumps({"path": str(checkpoint)}))
+            ray.train.report(metrics, ray.train.Checkpoint.from_directory(pointer), checkpoint_dir_name=key)
+
+
+class ToCollector(ray.train.UserCallback):
+    """Hands the rows to the collector, from Ray's controller. It never raises, which would end the run, and never waits."""
+
+    def __init__(self, collector: Any) -> None:
+        self.collector = collector
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        try:
+            for report in metrics:
+                if report["rank"] == 0:
+                    self.collector.put.remote(report["key"], report["row"])
+        except Exception as wrong:
+            print(f"a report was not collected: {wrong!r}", file=sys.stderr, flush=True)
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        try:
+            faults = {str(rank): repr(wrong)[:500] for rank, wrong in worker_exceptions.items()}
+            self.collector.put.remote(f"exception-{uuid.uuid4().hex[:8]}", {"exceptions": faults})
+        except Exception as wrong:
+            print(f"an exception was not collected: {wrong!r}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def cluster(settings: Cluster) -> Iterator[None]:
+    """A connection to the cluster; one that is open already is used, and left open."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"address": settings.address, "logging_level": logging.ERROR, "log_to_driver": False}
+    if settings.address == "local":
+        # More CPUs than there are only means that processes share them; too few would make Ray wait for ever.
+        wanted = settings.workers * settings.cpus_per_worker + 2
+        options |= {"num_cpus": max(os.cpu_count() or 1, wanted), "include_dashboard": False}
+        options |= {"object_store_memory": 150 * 2**20}
+    say("starting Ray" if settings.address == "local" else f"joining the Ray cluster at {settings.address}")
+    ray.init(**options)
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists() and token.stat().st_mode & 0o077:
+        token.chmod(0o600)  # Ray 2.60 leaves it readable to all
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def following(collector: Any) -> Iterator[None]:
+    """While the block runs, what the collector has to say appears on standard error."""
+    done = threading.Event()
+
+    def follow() -> None:
+        heard = 0
+        while True:
+            last = done.wait(FOLLOW_EVERY_S)
+            try:
+                news = ray.get(collector.news.remote(heard), timeout=COLLECTOR_TIMEOUT_S)
+            except ray.exceptions.RayError:
+                return  # the collector is gone, which the driver learns elsewhere
+            say(*news)
+            heard += len(news)
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, name="follow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(COLLECTOR_TIMEOUT_S)
+
+
+def say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _trainer(config: Config, text: str, collector: Any) -> TorchTrainer:
+    settings = config.cluster
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    use_gpu = settings.device == "gpu" or (settings.device == "auto" and gpus >= settings.workers)
+    if use_gpu and gpus < settings.workers and settings.address == "local":
+        fix = "set cluster.workers to as many, or cluster.device=cpu"
+        raise Refusal("The cluster is too small:", [Fault("cluster.workers", f"there are {gpus} GPUs", fix)])
+    say(f"starting {settings.workers} worker{'s' * (settings.workers > 1)} on {'GPUs' if use_gpu else 'CPUs'}")
+    return TorchTrainer(
+        _work,
+        train_loop_config={"config": text},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(settings.timeout_s)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"launch-{uuid.uuid4().hex[:8]}",  # Ray's own record; what a run goes on from is our checkpoint
+            storage_path=str(config.run_folder / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures, controller_failure_limit=3),
+            callbacks=[ToCollector(collector)],
+        ),
+    )
+
+
+def _work(arguments: dict[str, str]) -> None:
+    """What a worker of Ray Train does."""
+    import ray.train.v2._internal.execution.context as reporting
+
+    logging.getLogger(reporting.__file__).setLevel(logging.WARNING)  # else each report is printed, whole, by each rank
+    config = parse_text(Config, arguments["config"])
+    fit(config, RayContext(config.run_folder))

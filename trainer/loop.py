@@ -1,0 +1,184 @@
+"""Training, from the first step to the last."""
+
+import contextlib
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data_loaders.index import Index, open_index
+from data_loaders.loader import Batch, training_batches
+from data_loaders.sampler import scramble
+from trainer import checkpoint
+from trainer.config import Config
+from trainer.context import Context
+from trainer.decision.calibrate import calibrate
+from trainer.decision.ledger import Ledger
+from trainer.evaluate import logits_of, tally, view
+from trainer.metrics.tally import Shape, Tally, count
+
+
+def fit(config: Config, context: Context) -> None:
+    """Trains from the newest checkpoint, or from the start, and leaves a calibrated model in the run's folder.
+
+    Each worker calls it. A step takes the next `batch` positions of the stream, of which each worker has its share; the
+    loss is divided by the whole batch. The only state is the step, the weights, the optimiser and the counts.
+    """
+    torch.set_num_threads(config.cluster.threads)
+    index = open_index(config.data.path)
+    rows = index.rows_of(config.data.train)
+    sampler = config.data.sampler.over(index, rows, config.seed)
+    batch_size, steps = config.data.batch, config.train.total(len(rows), config.data.batch)
+    ledger = first_ledger(config, index, sampler.counts(0, steps * batch_size))
+    log_prior = torch.from_numpy(np.log(ledger.training_prior)).float().to(context.device)
+    shape = Shape(len(index.cell_names), len(index.classes))
+
+    model = config.model.build(len(index.classes), config.seed).to(context.device, memory_format=_layout(context))
+    optimizer = config.optimizer.build(model)
+    seen = torch.zeros(shape.size, dtype=torch.int64, device=context.device)  # all samples since the start of the run
+    first, skipped = checkpoint.restore(context.folder, config.identity, model, optimizer, seen)
+    _say(context, *(f"skipped {line}" for line in skipped), *([f"going on from step {first:,}"] if first else []))
+    parallel = DistributedDataParallel(model) if context.workers > 1 else model
+    since = torch.zeros_like(seen)  # this worker's samples since the last report
+    pace = Pace()
+
+    batches = training_batches(
+        index, config.data, sampler, config.seed, range(first, steps), context.rank, context.workers
+    )
+    for step in range(first, steps):
+        with pace.waiting():
+            images, labels, cells, valid = _to_device(next(batches), context)
+        torch.manual_seed(_seed(config.seed, step, context.rank))  # of dropout, so that a resumed step repeats it
+        for group in optimizer.param_groups:
+            group["lr"] = config.optimizer.rate(step, steps)
+
+        with _autocast(config, context):
+            logits = parallel(images).float()
+        loss = config.loss(logits, labels, log_prior).sum() * (context.workers / batch_size)  # DDP divides by workers
+        loss = loss + config.penalties(model)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+        with torch.no_grad():
+            since += count(logits.log_softmax(1), logits.argmax(1), labels, cells, valid, shape)
+        if (step + 1) % config.train.report_every == 0 or step + 1 == steps:
+            seen += context.sum(since)
+            since.zero_()
+            row = {"step": step + 1, "steps": steps, "lr": config.optimizer.rate(step, steps)}
+            row |= {"train": Tally.of(seen.cpu().numpy(), shape).pack(), "speed": pace.since_last(step + 1 - first)}
+            row |= {"validation": _validate(config, index, model, ledger, context, shape)}
+            path = None
+            if context.rank == 0:
+                identity, keep = config.identity, config.train.keep
+                path = checkpoint.save(context.folder, step + 1, identity, model, optimizer, seen, keep)
+            context.report(f"step-{step + 1:09d}", row, path)
+    _finish(config, index, model, ledger, context)
+
+
+def first_ledger(config: Config, index: Index, drawn: np.ndarray) -> Ledger:
+    """The ledger of a run that draws each class so often, [K], before calibration."""
+    natural = np.bincount(index.labels[index.rows_of(config.data.train)], minlength=len(index.classes))
+    training = drawn / drawn.sum()
+    return config.decision.ledger(index.classes, natural / natural.sum(), training, config.loss.logit_prior(training))
+
+
+def _validate(
+    config: Config, index: Index, model: nn.Module, ledger: Ledger, context: Context, shape: Shape
+) -> str:
+    """The packed tally of the validation split under the (not yet calibrated) ledger."""
+    rows = index.rows_of(config.data.validation)
+    _same_buffers(model, context)
+    seen = view("ledger", ledger, logits_of(model, index, config.data, rows, context))
+    return tally(seen, index.labels[rows], index.cells[rows], shape).pack()
+
+
+def _finish(config: Config, index: Index, model: nn.Module, ledger: Ledger, context: Context) -> None:
+    """Calibrates on the validation rows and publishes the model."""
+    rows = index.rows_of(config.data.validation)
+    _same_buffers(model, context)
+    calibration = calibrate(ledger, logits_of(model, index, config.data, rows, context), index.labels[rows])
+    if context.rank == 0:
+        facts = {
+            "data": index.fingerprint,
+            "groups": {name: list(values) for name, values in index.group_values.items()},
+            "validation": {"n": calibration.n, "nll": calibration.nll_before, "nll_calibrated": calibration.nll_after},
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "machine": {"torch": torch.__version__, "device": str(context.device), "cpu": platform.machine()},
+        }
+        checkpoint.save_model(context.folder / "model", model, config, calibration.ledger, facts)
+    context.sum(torch.zeros(1, device=context.device))  # no worker leaves before the model is there
+
+
+def _same_buffers(model: nn.Module, context: Context) -> None:
+    """Gives all workers the running statistics of rank 0, which are the ones that are saved."""
+    for buffer in model.buffers() if context.workers > 1 else ():
+        buffer.copy_(context.sum(buffer if context.rank == 0 else torch.zeros_like(buffer)))
+
+
+def _to_device(batch: Batch, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images, labels, cells and valid."""
+    parts = (torch.from_numpy(part) for part in (batch.images, batch.labels, batch.cells, batch.valid))
+    if context.device.type == "cpu":
+        images, *rest = parts
+    else:
+        images, *rest = (part.pin_memory().to(context.device, non_blocking=True) for part in parts)
+    return (images.contiguous(memory_format=_layout(context)), *rest)
+
+
+def _layout(context: Context) -> torch.memory_format:
+    """Channels last is faster where there are tensor cores."""
+    return torch.channels_last if context.device.type == "cuda" else torch.contiguous_format
+
+
+def _autocast(config: Config, context: Context) -> contextlib.AbstractContextManager[Any]:
+    half = context.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if config.train.precision == "bfloat16" or (config.train.precision == "auto" and half):
+        return torch.autocast(context.device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    """A word that differs for every seed, step and rank."""
+    word = np.zeros(1, np.uint64)
+    for part in (seed, step, rank):
+        word = scramble(word + np.uint64(part) + np.uint64(0x9E3779B97F4A7C15))
+    return int(word[0] >> np.uint64(1))
+
+
+def _say(context: Context, *lines: str) -> None:
+    for line in lines if context.rank == 0 else ():
+        print(line, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Pace:
+    """Where the time goes."""
+
+    began: float = 0.0
+    waited: float = 0.0
+    reported: int = 0
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Time in this block is spent waiting for data."""
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
+
+    def since_last(self, steps: int) -> dict[str, float]:
+        """Seconds a step and the share of them that waited for data, since the last call, after so many steps."""
+        passed, done = time.monotonic() - self.began, steps - self.reported
+        pace = {"seconds_per_step": passed / max(done, 1), "waiting_for_data": self.waited / max(passed, 1e-9)}
+        self.began, self.waited, self.reported = time.monotonic(), 0.0, steps
+        return {**pace, "pid": os.getpid()}

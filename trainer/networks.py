@@ -1,0 +1,69 @@
+"""The networks themselves: torch modules from uint8 images to logits."""
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Classifier(nn.Module):
+    """uint8 images [B, 3, H, W] -> logits [B, K] of a network that reads normalised ones.
+
+    The mean and deviation (of ImageNet) are buffers, so that they travel with the weights.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("deviation", 255 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean) / self.deviation)
+
+
+def small_cnn(classes: int, widths: tuple[int, ...], dropout: float) -> nn.Module:
+    """A convolution, batch norm, ReLU and pooling for each width, then the mean over places, dropout and a linear head."""
+    layers: list[nn.Module] = []
+    for before, width in zip((3, *widths), widths, strict=False):
+        layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True), nn.MaxPool2d(2)]
+    head = nn.Linear(widths[-1], classes)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), head)
+
+
+def from_torchvision(name: str, classes: int, dropout: float) -> nn.Module:
+    """A torchvision model whose head is dropout and a new linear layer."""
+    network = torchvision.models.get_model(name, weights=None, num_classes=classes)
+    if isinstance(network, torchvision.models.EfficientNet):
+        network.classifier[0] = nn.Dropout(dropout)
+    else:
+        network.fc = nn.Sequential(nn.Dropout(dropout), network.fc)
+    return network
+
+
+def initialise(network: nn.Module, scheme: str) -> None:
+    """Draws the weights of convolutions and linear layers: Glorot & Bengio 2010 (xavier) or He et al. 2015 (he).
+
+    Biases become 0; norms keep their 1 and 0. He's fan is that of the output, as ReLU networks are usually drawn.
+    """
+    for module in network.modules():
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            continue
+        match scheme:
+            case "xavier_uniform":
+                nn.init.xavier_uniform_(module.weight)
+            case "xavier_normal":
+                nn.init.xavier_normal_(module.weight)
+            case "he_uniform":
+                nn.init.kaiming_uniform_(module.weight, mode="fan_out", nonlinearity="relu")
+            case "he_normal":
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            case _:
+                raise ValueError(f"no initialisation {scheme!r}")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,75 @@
+"""A run: its folder, and training in plain processes of this machine. Ray's way is in `launch.py`."""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_loaders import durable
+from data_loaders.faults import Fault, Refusal
+from data_loaders.index import open_index
+from data_loaders.settings import differences, dump, parse, parse_text
+from trainer.collect import Collector
+from trainer.config import Config
+from trainer.context import Local, Row, device_for, spawn
+from trainer.loop import first_ledger, fit
+
+
+class Run(NamedTuple):
+    """A training that is done."""
+
+    folder: Path
+    facts: dict[str, Any]
+    """What the collector knows of it."""
+
+
+def train(config: Config) -> Run:
+    """Trains in processes of this machine, and leaves everything in the run's folder."""
+    config = claim(config)
+    spawn(_work, config.cluster, dump(config))
+    return Run(config.run_folder, {})
+
+
+def claim(config: Config) -> Config:
+    """The config with whole paths, saved in the run's folder, after it is sure to fit the data.
+
+    Refuses a folder that other settings have filled.
+    """
+    index = open_index(config.data.path)
+    index.rows_of(config.data.validation)
+    sampler = config.data.sampler.over(index, index.rows_of(config.data.train), config.seed)
+    first_ledger(config, index, sampler.counts(0, config.data.batch))
+    data = config.data.model_copy(update={"path": config.data.path.resolve()})
+    config = config.model_copy(update={"folder": config.folder.resolve(), "data": data})
+    saved = config.run_folder / "config.yaml"
+    if saved.exists():
+        former = parse(Config, [str(saved)])
+        if former.identity != config.identity:
+            faults = [
+                Fault(path, f"was {before}, now {after}")
+                for path, before, after in differences(former, config)
+                if not path.startswith(("cluster.", "tracking."))
+            ]
+            title = f"{config.run_folder} holds a run with other settings; give another name=…, or remove it:"
+            raise Refusal(title, faults)
+    durable.write(saved, dump(config))
+    return config
+
+
+def _work(rank: int, text: str) -> None:
+    config = parse_text(Config, text)
+    collector = Collector(text) if rank == 0 else None
+    device = device_for(config.cluster.device, rank)
+    exit_code = 1
+
+    def collect(key: str, row: Row) -> None:
+        heard = len(collector.lines) if collector else 0
+        if collector:
+            collector.put(key, row)
+            print(*collector.news(heard), sep="\n", file=sys.stderr, flush=True)
+
+    try:
+        fit(config, Local(config.run_folder, device, rank, config.cluster.workers, collect))
+        exit_code = 0
+    finally:
+        if collector:
+            collector.close(exit_code)
