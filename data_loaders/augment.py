@@ -1,4 +1,4 @@
-"""An image of any size -> one of the size that the model sees; random in training, and then a function of (seed, position).
+"""An image of any size -> one of the size that the model sees; in training random, as a function of (seed, position).
 
 Flips, crops, zoom and rotation are one geometry: a box of the image, turned and mirrored, resampled to size x size.
 """

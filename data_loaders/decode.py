@@ -1,4 +1,4 @@
-"""Bytes of an image file -> uint8 RGB, with the format and the pixels checked in the header before anything is decoded."""
+"""Bytes of an image file -> uint8 RGB; format and pixels are checked in the header before anything is decoded."""
 
 import io
 import warnings

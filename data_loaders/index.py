@@ -143,7 +143,9 @@ class Reader:
         content = os.pread(self._handle(int(i.shard[row])), int(i.length[row]), int(i.offset[row]))
         if checksum(content, self._tails[self._cell[row]]) != i.crc32c[row]:
             where = i.folder / "shards" / i.shards[int(i.shard[row])]
-            raise DamagedRow(f"{where}: row {row} ({i.ids[row]}) is not as it was written — ingest again, or restore it")
+            raise DamagedRow(
+                f"{where}: row {row} ({i.ids[row]}) is not as it was written — ingest again, or restore it"
+            )
         return content
 
     def _handle(self, shard: int) -> int:

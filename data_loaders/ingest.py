@@ -1,6 +1,5 @@
 """Images with labels and groups -> a data set of checked, content-addressed Arrow shards, published at the end."""
 
-import csv
 import hashlib
 import json
 import math
@@ -9,6 +8,7 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from data_loaders.progress import Progress
 from data_loaders.settings import Fraction, Settings, digest
 from data_loaders.shards import Shard, Task, write_shard
 from data_loaders.sources import AnySource
-from data_loaders.sources.rows import Listing, Rejected, Row, without_twins
+from data_loaders.sources.rows import Listing, Rejected, Row, without_twins, write_rejected
 from data_loaders.splits import TRAIN, Splits
 
 Run = Callable[[Callable[[Task], Shard], list[Task]], Iterable[Shard]]
@@ -81,7 +81,7 @@ def ingest(settings: Ingest, run: Run) -> Path:
             shards.append(shard)
             progress.show(sum(len(s.rows) + len(s.rejected) for s in shards))
         rejected = listing.rejected + [r for shard in shards for r in shard.rejected]
-        _write_rejected(out / "rejected.csv", rejected, listing.group_names)
+        write_rejected(out / "rejected.csv", rejected, listing.group_names)
         _refuse_if(settings, classes, [row for shard in shards for row in shard.rows], rejected)
     except BaseException:
         for shard in filter(lambda s: s.name, shards):
@@ -129,7 +129,7 @@ def _tasks(settings: Ingest, rows: list[Row], classes: tuple[str, ...], groups: 
         megabytes = sum(_size(row.file) for row in members) / 1e6
         count = max(math.ceil(len(members) / settings.shard_rows), math.ceil(megabytes / settings.shard_megabytes))
         cuts = np.linspace(0, len(members), count + 1).astype(int)
-        for number, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        for number, (start, stop) in enumerate(pairwise(cuts)):
             part = members[start:stop]
             tasks.append(Task(settings.out / "shards", number, part, classes, groups, settings.pixel_cap))
     return tasks
@@ -157,14 +157,6 @@ def _refuse_if(settings: Ingest, classes: tuple[str, ...], good: list[Row], reje
         faults.append(Fault("source", f"has {len(classes)} classes", "a classifier needs two"))
     if faults:
         raise Refusal("There is not enough to train on:", faults, 65)
-
-
-def _write_rejected(path: Path, rejected: list[Rejected], group_names: tuple[str, ...]) -> None:
-    with durable.writing(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
-        out = csv.writer(file)
-        out.writerow(["where", "reason", "fix", "path", "label", *group_names])
-        for row, fault in rejected:
-            out.writerow([fault.where, fault.what, fault.fix, row.path, row.label, *row.groups])
 
 
 def _index(out: Path, shards: list[Shard], classes: tuple[str, ...], group_names: tuple[str, ...]) -> Index:

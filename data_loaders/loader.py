@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from pydantic import PositiveInt
 
 from data_loaders.augment import AnyAugmentation, Standard, centred, rng
-from data_loaders.decode import Pixels, decode
+from data_loaders.decode import Pixels, Undecodable, decode
+from data_loaders.faults import Fault
 from data_loaders.index import Index, Ints, Reader
 from data_loaders.sampler import AnySampler, Sampler, Stratified
 from data_loaders.settings import Settings
+from data_loaders.sources.rows import Rejected, Row
 from data_loaders.splits import TRAIN
 
 
@@ -101,7 +103,7 @@ def _batches(
     plan: Iterator[tuple[Ints, Ints, int]],
     load: Callable[[Callable[[int], bytes], int, int], Pixels],
 ) -> Iterator[Batch]:
-    """For each (rows, key of each row, places to fill): the batch. `load` makes an image from a reader, a row, its key."""
+    """For each (rows, key of each row, places to fill), the batch; `load` makes an image of a reader, row and key."""
     cells = index.cells
     with closing(Reader(index)) as reader, ThreadPoolExecutor(data.threads, "loader") as pool:
 
@@ -110,9 +112,9 @@ def _batches(
 
         def start(rows: Ints, keys: Ints, places: int) -> tuple[list[Future[None]], Batch]:
             images = np.zeros((places, 3, data.size, data.size), np.uint8)
-            batch = Batch(images, *(np.zeros(places, np.int64) for _ in range(3)), np.arange(places) < len(rows))
-            n = len(rows)
-            batch.labels[:n], batch.cells[:n], batch.rows[:n] = index.labels[rows], cells[rows], rows
+            n, numbers = len(rows), np.zeros((3, places), np.int64)
+            numbers[:, :n] = index.labels[rows], cells[rows], rows
+            batch = Batch(images, numbers[0], numbers[1], numbers[2], np.arange(places) < n)
             spans = zip(rows.tolist(), keys.tolist(), strict=True)
             return [pool.submit(fill, images, place, *span) for place, span in enumerate(spans)], batch
 
@@ -127,3 +129,26 @@ def _batches(
         finally:
             for future in chain.from_iterable(futures for futures, _ in ahead):
                 future.cancel()
+
+
+def file_batches(rows: list[Row], data: Data) -> Iterator[tuple[NDArray[np.uint8], list[Row], list[Rejected]]]:
+    """Image files outside of any data set, as evaluation sees them: images [B, 3, size, size], their rows, and rows
+    that cannot be decoded, which have no image."""
+
+    def load(row: Row) -> Pixels | Rejected:
+        try:
+            return centred(decode(Path(row.file).read_bytes()), data.size)
+        except (OSError, Undecodable) as wrong:
+            return Rejected(row, Fault(row.where, f"{row.path!r}: {wrong}", "repair or remove the image"))
+
+    with ThreadPoolExecutor(data.threads, "loader") as pool:
+        for start in range(0, len(rows), data.batch):
+            part = rows[start : start + data.batch]
+            loaded = list(zip(part, pool.map(load, part), strict=True))
+            images = [image.transpose(2, 0, 1) for _, image in loaded if not isinstance(image, Rejected)]
+            empty = np.zeros((0, 3, data.size, data.size), np.uint8)
+            yield (
+                np.stack(images) if images else empty,
+                [row for row, image in loaded if not isinstance(image, Rejected)],
+                [image for _, image in loaded if isinstance(image, Rejected)],
+            )

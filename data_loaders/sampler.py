@@ -157,7 +157,7 @@ class TicketSampler:
 
 
 def permute(place: Ints, size: Ints | int, *keys: Ints | int) -> Ints:
-    """A keyed pseudo-random bijection of range(size), elementwise: a balanced Feistel cipher over a power of four places
+    """A keyed pseudo-random bijection of range(size), elementwise: a balanced Feistel cipher over a power of four
     (Luby & Rackoff 1988), walked until it lands inside (Black & Rogaway 2002)."""
     sizes = np.broadcast_to(np.asarray(size, np.uint64), place.shape)
     bits = np.frexp(np.maximum(sizes, 2).astype(np.float64) - 1)[1]  # of the largest place; exact below 2**53

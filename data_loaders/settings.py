@@ -128,13 +128,14 @@ def _build(kind: type[S], tree: Tree, changes: Iterable[Change], faults: list[Fa
     for change in changes:
         places[change.path] = change.where
         _put(tree, [kind], change.path, change, faults)
+    settings: Any = None
     try:
         settings = kind.model_validate(tree)
     except ValidationError as wrong:
         faults += [_as_fault(tree, error, places) for error in wrong.errors()]
     if faults:
         raise Refusal(f"{len(faults)} fault{'s' * (len(faults) > 1)} in the settings:", faults)
-    return settings  # pyright: ignore[reportPossiblyUnboundVariable]
+    return settings
 
 
 def _put(node: Tree, choices: list[type[Settings]], path: tuple[str, ...], change: Change, faults: list[Fault]) -> None:
@@ -261,7 +262,8 @@ def _type_name(annotation: Any) -> str:
     if get_origin(annotation) is not None:
         inner = ", ".join("…" if part is Ellipsis else _type_name(part) for part in get_args(annotation))
         return f"{get_origin(annotation).__name__}[{inner}]"
-    return {"Path": "path", "NoneType": "null"}.get(annotation.__name__, annotation.__name__)
+    name = str(annotation.__name__)
+    return {"Path": "path", "NoneType": "null"}.get(name, name)
 
 
 def _bound(constraint: Any) -> str:

@@ -66,7 +66,8 @@ def write_shard(task: Task) -> Shard:
             rows.append(row)
             contents.append(content)
     if not rows:
-        return Shard("", 0, "", [], *(np.zeros(0, np.int64),) * 3, rejected)
+        none = np.zeros(0, np.int64)
+        return Shard("", 0, "", [], none, none, none, rejected)
     sums = [checksum(c, tail(task.classes.index(r.label), *r.groups)) for c, r in zip(contents, rows, strict=True)]
     table = _table(task, rows, contents, sums)
     name, size, sha256, offset, length = _publish(task, table)

@@ -37,7 +37,9 @@ class Splits(Settings):
         for i, row in enumerate(rows):
             if row.unit and not row.split:
                 units[row.unit].append(i)
-        for unit, split in self._assign({u: [rows[i] for i in members] for u, members in units.items()}, shares).items():
+        for unit, split in self._assign(
+            {u: [rows[i] for i in members] for u, members in units.items()}, shares
+        ).items():
             drawn |= dict.fromkeys(units[unit], split)
         return [row if row.split else row._replace(split=drawn[i]) for i, row in enumerate(rows)]
 

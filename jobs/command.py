@@ -1,4 +1,4 @@
-"""How every job is called: YAML files and path=value words, --help, one message for all that is wrong, an exit code."""
+"""How every job is called: YAML files and path=value words, --help, one message for all faults, an exit code."""
 
 import sys
 from collections.abc import Callable
@@ -13,11 +13,12 @@ EPILOGUE = """
 Words: names of YAML files and path=value, later ones winning, for example
   {example}
 
-Exit codes: 0 done; 2 wrong settings; 65 unusable data; 73 the result cannot be written; 75 try again; 130 interrupted."""
+Exit codes: 0 done; 2 wrong settings; 65 unusable data; 73 the result cannot be written; 75 try again;
+130 interrupted."""
 
 
 def command(kind: Callable[[], type[S]], doc: str | None, example: str, action: Callable[[S], None]) -> None:
-    """Runs a job and exits. `kind` is a function so that its imports do not delay what does not need them."""
+    """Runs a job, and exits unless it went well. `kind` is a function, so that its imports can wait."""
     words = sys.argv[1:]
     try:
         settings_class = kind()

@@ -38,7 +38,7 @@ def save(run: Path, step: int, identity: str, model: nn.Module, optimizer: Optim
 
 
 def restore(run: Path, identity: str, model: nn.Module, optimizer: Optimizer, seen: Tensor) -> tuple[int, list[str]]:
-    """Loads the newest checkpoint that verifies: the steps it has done (0 without one), and what was skipped and why."""
+    """Loads the newest checkpoint that verifies: the steps it has done (0 without one), what was skipped and why."""
     skipped: list[str] = []
     for folder in _steps(run):
         wrong = durable.damage(folder)
@@ -94,7 +94,9 @@ def _steps(run: Path) -> list[Path]:
 def _split(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of an optimiser as named tensors and a JSON tree."""
     state = optimizer.state_dict()
-    tensors = {f"{p}.{k}": v for p, values in state["state"].items() for k, v in values.items() if isinstance(v, Tensor)}
+    tensors = {
+        f"{p}.{k}": v for p, values in state["state"].items() for k, v in values.items() if isinstance(v, Tensor)
+    }
     plain = {
         str(p): {k: v for k, v in values.items() if not isinstance(v, Tensor)} for p, values in state["state"].items()
     }

@@ -5,6 +5,7 @@ Rows have keys. A repeated interval, after a restart, brings its row again: it i
 """
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ class Collector:
     def close(self, exit_code: int = 0) -> dict[str, Any]:
         """Writes metrics.parquet and ends the W&B run; what there is to know of the collection."""
         reports = self._reports()
-        long = [line for before, row in zip([None, *reports], reports, strict=False) for line in self._rows(row, before)]
+        long = [
+            line for before, row in zip([None, *reports], reports, strict=False) for line in self._rows(row, before)
+        ]
         with durable.writing(self.folder / "metrics.parquet") as aside:
             pyarrow.parquet.write_table(table(long), aside)
         summary = {"rows": len(reports), "repeated": self.repeated, "mismatched": self.mismatched}
@@ -93,10 +96,12 @@ class Collector:
 
     def _scalars(self, split: str, tally: Tally) -> dict[str, float]:
         overall = tally.overall()
-        numbers = {f"{split}/{n}": float(RATES[n].value(overall)[0]) for n in RATES if RATES[n].value(overall).ndim == 1}
+        numbers = {
+            f"{split}/{n}": float(RATES[n].value(overall)[0]) for n in RATES if RATES[n].value(overall).ndim == 1
+        }
         recalls = zip(self.classes, RATES["recall"].value(overall)[0], strict=True)
         numbers |= {f"{split}/recall/{name}": float(value) for name, value in recalls}
-        return {name: value for name, value in numbers.items() if value == value}
+        return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
     def _table(self, tally: Tally) -> None:
         lines = [
@@ -111,7 +116,10 @@ class Collector:
 
     def _rows(self, row: Row, before: Row | None) -> list[dict[str, Any]]:
         key = {"run": self.config.name, "step": row["step"]}
-        tallies = {"train": ("argmax", self._interval(row, before)), "validation": ("ledger", self._tally(row, "validation"))}
+        tallies = {
+            "train": ("argmax", self._interval(row, before)),
+            "validation": ("ledger", self._tally(row, "validation")),
+        }
         names = {"train": self.config.data.train, "validation": self.config.data.validation}
         return [
             line
@@ -150,5 +158,3 @@ def _read(path: Path) -> dict[str, Row]:
     if whole != content:
         durable.write(path, whole)
     return {line["key"]: line["row"] for line in map(json.loads, whole.splitlines())}
-
-

@@ -1,6 +1,7 @@
-"""Where a training loop runs: its rank among the workers, its device, and the three things it needs of the others.
+"""Where a training loop runs: its rank among the workers, its device, and what it needs of the others.
 
-`Local` is one process, or several on this machine that talk through gloo (NCCL on GPUs); Ray's context is in `launch.py`.
+`Local` is one process, or one of several on this machine that talk through gloo (NCCL on GPUs); Ray's context is
+in `launch.py`.
 """
 
 from __future__ import annotations
@@ -109,11 +110,11 @@ def spawn(work: Callable[..., None], cluster: Cluster, *arguments: Any) -> None:
     if cluster.workers == 1:
         work(0, *arguments)
         return
-    from torch import multiprocessing
+    from torch.multiprocessing.spawn import spawn as start
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = (work, cluster, Path(folder) / "store", arguments)
-        multiprocessing.spawn(_join, arguments, nprocs=cluster.workers)
+        start(_join, arguments, nprocs=cluster.workers)
 
 
 def _join(rank: int, work: Callable[..., None], cluster: Cluster, store: Path, arguments: tuple[Any, ...]) -> None:

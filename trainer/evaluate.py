@@ -4,7 +4,6 @@
 probabilities under the deployment prior, and the cheapest decision.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from torch import nn
 
 from data_loaders import durable
@@ -68,8 +67,8 @@ def view(name: str, ledger: Ledger, logits: Floats) -> View:
 def tally(view: View, labels: Ints, cells: Ints, shape: Shape) -> Tally:
     """The tally of a view of N rows."""
     valid = torch.ones(len(labels), dtype=torch.bool)
-    tensors = (torch.from_numpy(np.ascontiguousarray(part)) for part in (*view, labels, cells))
-    return Tally.of(count(*tensors, valid, shape).numpy(), shape)
+    log_p, decisions, true, where = map(torch.from_numpy, (*view, labels, cells))
+    return Tally.of(count(log_p, decisions, true, where, valid, shape).numpy(), shape)
 
 
 class Evaluation(NamedTuple):
@@ -81,9 +80,7 @@ class Evaluation(NamedTuple):
     predictions: pa.Table
 
 
-def evaluate(
-    model: nn.Module, ledger: Ledger, index: Index, data: Data, split: str, context: Context
-) -> Evaluation:
+def evaluate(model: nn.Module, ledger: Ledger, index: Index, data: Data, split: str, context: Context) -> Evaluation:
     """All views of one split."""
     rows = index.rows_of(split)
     progress = Progress(f"evaluate {split}", len(rows), "rows") if context.rank == 0 else None
@@ -113,13 +110,3 @@ def save(folder: Path, evaluation: Evaluation, facts: dict[str, Any]) -> None:
         pyarrow.parquet.write_table(evaluation.predictions, aside / "predictions.parquet")
         shape = next(iter(evaluation.tallies.values())).shape
         durable.write_json(aside / "facts.json", {"split": evaluation.split, "shape": list(shape), **facts})
-
-
-def saved(folder: Path) -> Iterator[tuple[str, dict[str, Tally], dict[str, Any]]]:
-    """Split, tallies and facts of every evaluation in a folder."""
-    import json
-
-    for path in sorted(p for p in folder.glob("*") if p.is_dir() and not p.name.startswith(".")):
-        facts = json.loads((path / "facts.json").read_bytes())
-        vectors = load_file(path / "tallies.safetensors")
-        yield facts["split"], {name: Tally.of(v, Shape(*facts["shape"])) for name, v in vectors.items()}, facts

@@ -20,6 +20,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -42,7 +43,7 @@ def train(config: Config) -> Run:
     with cluster(config.cluster):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
-        collector = ray.remote(Collector).options(**options).remote(text)
+        collector: Any = ray.remote(**options)(Collector).remote(text)
         exit_code = 1
         try:
             with following(collector):
@@ -56,7 +57,7 @@ def train(config: Config) -> Run:
             title = "Training failed. The same command goes on from the newest checkpoint; the first cause was:"
             raise Refusal(title, faults, 75) from failure
         finally:
-            facts = ray.get(collector.close.remote(exit_code), timeout=COLLECTOR_TIMEOUT_S)
+            facts: Any = ray.get(collector.close.remote(exit_code), timeout=COLLECTOR_TIMEOUT_S)
             ray.kill(collector)
     return Run(config.run_folder, facts)
 
@@ -87,7 +88,7 @@ class RayContext:
 
 
 class ToCollector(ray.train.UserCallback):
-    """Hands the rows to the collector, from Ray's controller. It never raises, which would end the run, and never waits."""
+    """Hands the rows to the collector, from Ray's controller. It never raises, which would end the run, nor waits."""
 
     def __init__(self, collector: Any) -> None:
         self.collector = collector
@@ -144,7 +145,7 @@ def following(collector: Any) -> Iterator[None]:
             last = done.wait(FOLLOW_EVERY_S)
             try:
                 news = ray.get(collector.news.remote(heard), timeout=COLLECTOR_TIMEOUT_S)
-            except ray.exceptions.RayError:
+            except RayError:
                 return  # the collector is gone, which the driver learns elsewhere
             say(*news)
             heard += len(news)

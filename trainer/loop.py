@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data_loaders.faults import Fault, Refusal
 from data_loaders.index import Index, open_index
 from data_loaders.loader import Batch, training_batches
 from data_loaders.sampler import scramble
@@ -40,7 +41,8 @@ def fit(config: Config, context: Context) -> None:
     log_prior = torch.from_numpy(np.log(ledger.training_prior)).float().to(context.device)
     shape = Shape(len(index.cell_names), len(index.classes))
 
-    model = config.model.build(len(index.classes), config.seed).to(context.device, memory_format=_layout(context))
+    model = config.model.build(len(index.classes), config.seed).to(context.device)
+    model.to(memory_format=_layout(context))  # pyright: ignore[reportCallIssue], which torch's stubs forget
     optimizer = config.optimizer.build(model)
     seen = torch.zeros(shape.size, dtype=torch.int64, device=context.device)  # all samples since the start of the run
     first, skipped = checkpoint.restore(context.folder, config.identity, model, optimizer, seen)
@@ -85,14 +87,17 @@ def fit(config: Config, context: Context) -> None:
 
 def first_ledger(config: Config, index: Index, drawn: np.ndarray) -> Ledger:
     """The ledger of a run that draws each class so often, [K], before calibration."""
+    if not drawn.all():
+        faults = [
+            Fault("train", f"{index.classes[k]!r} is never drawn in so few steps") for k in np.flatnonzero(drawn == 0)
+        ]
+        raise Refusal("The run is too short:", faults)
     natural = np.bincount(index.labels[index.rows_of(config.data.train)], minlength=len(index.classes))
     training = drawn / drawn.sum()
     return config.decision.ledger(index.classes, natural / natural.sum(), training, config.loss.logit_prior(training))
 
 
-def _validate(
-    config: Config, index: Index, model: nn.Module, ledger: Ledger, context: Context, shape: Shape
-) -> str:
+def _validate(config: Config, index: Index, model: nn.Module, ledger: Ledger, context: Context, shape: Shape) -> str:
     """The packed tally of the validation split under the (not yet calibrated) ledger."""
     rows = index.rows_of(config.data.validation)
     _same_buffers(model, context)
@@ -125,12 +130,11 @@ def _same_buffers(model: nn.Module, context: Context) -> None:
 
 def _to_device(batch: Batch, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images, labels, cells and valid."""
-    parts = (torch.from_numpy(part) for part in (batch.images, batch.labels, batch.cells, batch.valid))
-    if context.device.type == "cpu":
-        images, *rest = parts
-    else:
-        images, *rest = (part.pin_memory().to(context.device, non_blocking=True) for part in parts)
-    return (images.contiguous(memory_format=_layout(context)), *rest)
+    parts = [torch.from_numpy(part) for part in (batch.images, batch.labels, batch.cells, batch.valid)]
+    if context.device.type != "cpu":
+        parts = [part.pin_memory().to(context.device, non_blocking=True) for part in parts]
+    images, labels, cells, valid = parts
+    return images.contiguous(memory_format=_layout(context)), labels, cells, valid
 
 
 def _layout(context: Context) -> torch.memory_format:

@@ -45,7 +45,7 @@ class SmallCnn(Model):
     """A plain convolutional network for small images: trains on a CPU in minutes."""
 
     kind: Literal["small_cnn"] = "small_cnn"
-    widths: tuple[PositiveInt, ...] = Field((32, 64, 128, 128), min_length=1)
+    widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 64, 128, 128)
     """Channels of each convolution; each halves height and width."""
 
     def network(self, classes: int) -> nn.Module:

@@ -28,10 +28,15 @@ class Classifier(nn.Module):
 
 
 def small_cnn(classes: int, widths: tuple[int, ...], dropout: float) -> nn.Module:
-    """A convolution, batch norm, ReLU and pooling for each width, then the mean over places, dropout and a linear head."""
+    """Convolution, batch norm, ReLU and pooling for each width; then the mean over places, dropout, a linear head."""
     layers: list[nn.Module] = []
     for before, width in zip((3, *widths), widths, strict=False):
-        layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True), nn.MaxPool2d(2)]
+        layers += [
+            nn.Conv2d(before, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(True),
+            nn.MaxPool2d(2),
+        ]
     head = nn.Linear(widths[-1], classes)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), head)
 
@@ -42,7 +47,8 @@ def from_torchvision(name: str, classes: int, dropout: float) -> nn.Module:
     if isinstance(network, torchvision.models.EfficientNet):
         network.classifier[0] = nn.Dropout(dropout)
     else:
-        network.fc = nn.Sequential(nn.Dropout(dropout), network.fc)
+        head = nn.Linear(network.fc.in_features, classes)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        network.fc = nn.Sequential(nn.Dropout(dropout), head)
     return network
 
 

@@ -36,8 +36,9 @@ def claim(config: Config) -> Config:
     """
     index = open_index(config.data.path)
     index.rows_of(config.data.validation)
-    sampler = config.data.sampler.over(index, index.rows_of(config.data.train), config.seed)
-    first_ledger(config, index, sampler.counts(0, config.data.batch))
+    rows = index.rows_of(config.data.train)
+    sampler = config.data.sampler.over(index, rows, config.seed)
+    first_ledger(config, index, sampler.counts(0, config.train.total(len(rows), config.data.batch) * config.data.batch))
     data = config.data.model_copy(update={"path": config.data.path.resolve()})
     config = config.model_copy(update={"folder": config.folder.resolve(), "data": data})
     saved = config.run_folder / "config.yaml"

@@ -69,9 +69,10 @@ class Tracker:
             self._guard(end)
 
     def _start(
-        self, settings: Tracking, mode: str, folder: Path, name: str, run_id: str, config: Mapping[str, Any]
+        self, settings: Tracking, mode: Any, folder: Path, name: str, run_id: str, config: Mapping[str, Any]
     ) -> None:
         import wandb
+        from wandb.errors import CommError
 
         options: dict[str, Any] = {
             "project": settings.project,
@@ -94,7 +95,7 @@ class Tracker:
         }
         try:
             self._run = wandb.init(mode=mode, **options)
-        except wandb.errors.CommError as wrong:
+        except CommError as wrong:
             self._say(f"W&B cannot be reached, so this run is offline: {wrong}")
             self._run = wandb.init(mode="offline", **(options | {"resume": None}))
         self._run.define_metric("step")
@@ -112,7 +113,7 @@ class Tracker:
         self.problem = problem
 
 
-def _mode(settings: Tracking) -> str:
+def _mode(settings: Tracking) -> Any:
     if settings.mode != "auto":
         return settings.mode
     return os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")

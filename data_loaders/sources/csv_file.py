@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from data_loaders.faults import Fault, Refusal
 from data_loaders.settings import Settings
@@ -18,7 +18,7 @@ class Csv(Settings):
     kind: Literal["csv"] = "csv"
     path: Path
     """The CSV file."""
-    held_out: dict[str, Path] = {}
+    held_out: dict[str, Path] = Field(default_factory=dict)
     """Further CSV files, each a split of its own: `source.held_out.test=test.csv`."""
     root: Path | None = None
     """Folder that the paths in the CSV are relative to and may not leave; by default the CSV's own."""
@@ -58,7 +58,9 @@ class Csv(Settings):
                     if cells:
                         yield self._row(f"{path}:{lines.line_num}", root, cells, columns, split)
         except (OSError, UnicodeDecodeError, csv.Error) as wrong:
-            raise Refusal("The CSV cannot be read:", [Fault(str(path), str(wrong), "save it as UTF-8 CSV")], 65) from wrong
+            raise Refusal(
+                "The CSV cannot be read:", [Fault(str(path), str(wrong), "save it as UTF-8 CSV")], 65
+            ) from wrong
 
     def _columns(self, path: Path, header: list[str], split: str, labelled: bool) -> dict[str, int]:
         """Name -> position of the columns that are used."""
@@ -94,6 +96,7 @@ class Csv(Settings):
             return row, Fault(f"{where}:{columns[empty[0]] + 1}", f"no {' and no '.join(empty)}", "fill the cell")
         if file is None:
             what = f"{path!r} is outside of {root}"
-            return row, Fault(f"{where}:{columns[self.path_column] + 1}", what, "set source.root to a folder above both")
+            return row, Fault(
+                f"{where}:{columns[self.path_column] + 1}", what, "set source.root to a folder above both"
+            )
         return row, None
-

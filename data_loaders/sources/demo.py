@@ -40,8 +40,8 @@ BATCH = 8  # images; more of them fall out of the processor's cache: 64 take 1.9
 VENUE_OF_CLASS = np.array([[0.15, 0.15, 0.7], [0.7, 0.15, 0.15], [0.15, 0.7, 0.15]])  # [class, venue], at strength 1
 CAST_OF_CLASS = np.array([[1.06, 1.0, 0.94], [0.94, 1.0, 1.06], [1.05, 0.93, 1.03]], np.float32)  # [class, RGB] gains
 EXPOSURE = np.array([0.7, 1.0, 0.9], np.float32)  # [venue]
-NOISE = np.array([0.06, 0.025], np.float32)  # [camera] standard deviation, of full scale
-BLUR = np.array([0.3, 0.15], np.float32)  # [camera] largest weight of either neighbour
+NOISE = np.array([0.06, 0.012], np.float32)  # [camera] standard deviation, of full scale
+BLUR = np.array([0.3, 0.1], np.float32)  # [camera] largest weight of either neighbour
 QUALITY = np.array([60, 90])  # [camera] JPEG
 PALETTES = {  # RGB; every class paints with all of them, so that colour alone does not tell the class
     "baked": [(222, 170, 105), (190, 130, 70), (150, 95, 50), (235, 200, 140)],
@@ -147,7 +147,7 @@ def plan_rows(demo: Demo) -> Plan:
     venue = _venues(label, np.where(balanced, 0.0, demo.selection_bias), rng.random(n))
     camera = (rng.random(n) > 0.6).astype(int)
     cast = np.where(rng.random(n) < demo.feature_bias * planted, label, rng.integers(len(CLASSES), size=n))
-    scale = rng.uniform(0.45, 0.78, n)
+    scale = rng.uniform(0.52, 0.82, n)
     centred = (rng.random(n) < demo.spatial_bias * planted) & (label == CLASSES.index("desserts"))
     centre = np.where(centred[:, None], 0.0, rng.uniform(-1, 1, (n, 2)) * (1.05 - scale)[:, None])
     angle = rng.uniform(-1, 1, n) * np.where(FROM_ABOVE[subkind], np.pi, 0.35)
@@ -156,7 +156,7 @@ def plan_rows(demo: Demo) -> Plan:
     picked = [np.array(p)[(draw * len(p)).astype(int)] for p, draw in zip(PALETTES.values(), choice, strict=False)]
     colours = np.stack(picked, 1) / 255 + jitter[:, 1:]
     surface = np.array(SURFACES)[venue, (choice[-1] * len(SURFACES[0])).astype(int)] / 255 + jitter[:, 0] / 2
-    light, free = rng.uniform(-0.35, 0.35, (n, 2)), rng.random((n, 32))
+    light, free = rng.uniform(-0.25, 0.25, (n, 2)), rng.random((n, 32))
     quality = QUALITY[camera] + rng.integers(-8, 9, n)
     reals = (a.astype(np.float32) for a in (centre, scale, turn, light, colours, surface, free))
     return Plan._make([split, label, number, subkind, venue, camera, cast, quality, *reals])
@@ -407,8 +407,8 @@ def _clutter(c: Canvas) -> None:
 
 
 def _occlude(c: Canvas) -> None:
-    """In a quarter of the pictures something long is held in front of the object."""
-    x = np.where(c.free(19) < 0.25, c.free(20, -0.9, 0.9), np.float32(9))
+    """In a fifth of the pictures something long is held in front of the object."""
+    x = np.where(c.free(19) < 0.2, c.free(20, -0.9, 0.9), np.float32(9))
     c.paint(c.line(x, 2.5, x + c.free(21, -1.2, 1.2), c.free(22, -0.6, 0.8), 0.15), "baked")
 
 

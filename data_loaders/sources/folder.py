@@ -31,7 +31,9 @@ class Folder(Settings):
             elif file.suffix.lower() not in IMAGE_SUFFIXES:
                 listing.reject(row, str(file), "is not a .jpg, .png or .webp file", "move it out of the folder")
             elif labelled and not label:
-                listing.reject(row, str(file), "lies in no folder of a class", "move it to <class>/, or set source.splits")
+                listing.reject(
+                    row, str(file), "lies in no folder of a class", "move it to <class>/, or set source.splits"
+                )
             else:
                 listing.rows.append(row)
         return listing

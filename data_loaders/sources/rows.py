@@ -1,10 +1,12 @@
 """What every source of images becomes: rows to ingest, and rows that cannot be, each with its reason."""
 
+import csv
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from data_loaders import durable
 from data_loaders.faults import Fault
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -54,7 +56,7 @@ def inside(root: Path, path: str) -> Path | None:
 
 
 def without_twins(listing: Listing) -> Listing:
-    """Rows listed twice are rejected; so is every row of a label that differs from a more frequent one in case or spaces."""
+    """Rejects rows listed twice, and those whose label differs from a more frequent one only in case or spaces."""
     kept = Listing(listing.group_names, [], list(listing.rejected))
     first: dict[str, Row] = {}
     spelling = _spellings(listing.rows)
@@ -72,6 +74,15 @@ def without_twins(listing: Listing) -> Listing:
         else:
             kept.rows.append(row)
     return kept
+
+
+def write_rejected(path: Path, rejected: list[Rejected], group_names: tuple[str, ...] = ()) -> None:
+    """All rejected rows as CSV, each with its reason and repair."""
+    with durable.writing(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        out.writerow(["where", "reason", "fix", "path", "label", *group_names])
+        for row, fault in rejected:
+            out.writerow([fault.where, fault.what, fault.fix, row.path, row.label, *row.groups])
 
 
 def _spellings(rows: list[Row]) -> dict[str, str]:

@@ -32,7 +32,7 @@ class Balanced(Settings):
 
 
 class Matrix(Settings):
-    """Costs in a unit of your own: `costs.rows.<true class>.<decision>`; what is not given is 0 on the diagonal, else 1."""
+    """Costs of your own: `costs.rows.<true class>.<decision>`; what is not given is 0 on the diagonal, else 1."""
 
     kind: Literal["matrix"] = "matrix"
     rows: dict[str, dict[str, NonNegativeFloat]]

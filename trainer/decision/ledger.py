@@ -76,6 +76,11 @@ class Ledger:
     def with_temperature(self, temperature: float) -> "Ledger":
         return replace(self, temperature=temperature)
 
+    def under(self, decision: Decision) -> "Ledger":
+        """The same model where classes and costs are as in `decision`."""
+        ledger = decision.ledger(self.classes, self.natural_prior, self.training_prior, self.logit_prior)
+        return ledger.with_temperature(self.temperature)
+
     def to_json(self) -> dict[str, Any]:
         priors = ("natural_prior", "training_prior", "logit_prior", "deployment_prior", "costs")
         return {"classes": list(self.classes), "temperature": self.temperature} | {

@@ -1,8 +1,8 @@
 """Every metric by name: a pure function of a Tally.
 
-A rate has one value for each group, [G], or for each group and class one-vs-rest, [G, K]; where nothing was counted it is
-NaN, never 0. A disparity compares a rate over the groups. A fairness metric is a rate and a disparity. To add one, write
-the function and its line in the table.
+A rate has one value for each group, [G], or for each group and class one-vs-rest, [G, K]; where nothing was counted it
+is NaN, never 0. A disparity compares a rate over the groups. A fairness metric is a rate and a disparity. To add one,
+write the function and its line in the table.
 """
 
 from collections.abc import Callable
@@ -85,15 +85,27 @@ def brier(t: Tally) -> Mean:
 
 
 def expected_calibration_error(t: Tally) -> Floats:
-    """[G] mean gap between confidence and accuracy over 15 bins of equal width, weighted by samples (Guo et al. 2017)."""
-    n, right, confidence = np.moveaxis(coarse_bins(t), 2, 0)
+    """[G] mean gap between confidence and accuracy in 15 bins of equal width, by samples (Guo et al. 2017)."""
+    return gap(coarse_bins(t))
+
+
+def gap(bins: Floats) -> Floats:
+    """[G] the calibration error of bins [G, M, 3] such as `coarse_bins` makes."""
+    n, right, confidence = np.moveaxis(bins, 2, 0)
     return divide(np.abs(confidence - right).sum(1), n.sum(1))
 
 
-def coarse_bins(t: Tally, bins: int = ECE_BINS) -> Floats:
-    """[G, bins, 3]: samples, samples right, sum of confidence, in bins of equal width."""
-    merged = t.confidence.reshape(len(t.n), bins, BINS // bins, 3).sum(2)
-    return merged / np.array([1.0, 1.0, SCALE])
+def coarse_bins(t: Tally, weights: Floats | None = None, bins: int = ECE_BINS) -> Floats:
+    """[G, bins, 3]: samples, samples right, sum of confidence, in bins of equal width; weights [K] of true classes."""
+    by_class = t.confidence.reshape(*t.confidence.shape[:2], bins, BINS // bins, 3).sum(3)
+    weights = np.ones(by_class.shape[1]) if weights is None else weights
+    return np.einsum("k,gkbi->gbi", weights, by_class) / np.array([1.0, 1.0, SCALE])
+
+
+def weights_to(prior: Floats, t: Tally) -> Floats:
+    """[K] what a sample of each class must weigh for classes to count as in `prior`; NaN if a class was never seen."""
+    seen = t.confusion.sum((0, 2))
+    return divide(prior * seen.sum(), seen)
 
 
 def score_by_class(t: Tally, score: Literal[0, 1]) -> Floats:

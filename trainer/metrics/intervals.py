@@ -78,17 +78,18 @@ def resample(tally: Tally, seed: int = 0) -> Tally:
     random = np.random.Generator(np.random.Philox(key=[seed, tally.shape.groups]))
     n, (_, k) = tally.n, tally.shape
     confusion = random.multinomial(n, _shares(tally.confusion.reshape(-1, k * k)), (REPLICATES, len(n)))
-    samples, right, confidence = np.moveaxis(tally.confidence, 2, 0)
+    samples, right, confidence = np.moveaxis(tally.confidence.reshape(len(n), k * BINS, 3), 2, 0)
     drawn = random.multinomial(n, _shares(np.concatenate([samples - right, right], 1)), (REPLICATES, len(n)))
-    wrong, right = drawn.reshape(-1, 2, BINS).swapaxes(0, 1)
+    wrong, right = drawn.reshape(-1, 2, k * BINS).swapaxes(0, 1)
     mean = np.nan_to_num(divide(confidence, samples))
     total = np.rint(np.tile(mean, (REPLICATES, 1)) * (wrong + right)).astype(np.int64)
     groups = REPLICATES * len(n)
-    return Tally(confusion.reshape(groups, k, k), np.stack([wrong + right, right, total], 2), np.zeros((groups, k, 2, 2), np.int64))
+    bins = np.stack([wrong + right, right, total], 2).reshape(groups, k, BINS, 3)
+    return Tally(confusion.reshape(groups, k, k), bins, np.zeros((groups, k, 2, 2), np.int64))
 
 
 def bootstrap(metric: Callable[[Tally], Floats], tally: Tally, resampled: Tally) -> tuple[Floats, Floats]:
-    """Percentile interval, [G] or [G, K], of a metric of confusion or confidence; NaN where a replicate has no value."""
+    """Percentile interval, [G] or [G, K], of a metric of confusion or confidence; NaN where a replicate has none."""
     values = metric(resampled)
     values = values.reshape(REPLICATES, len(tally.n), *values.shape[1:])
     tail = 100 * (1 - LEVEL) / 2
@@ -96,19 +97,26 @@ def bootstrap(metric: Callable[[Tally], Floats], tally: Tally, resampled: Tally)
     return low, high
 
 
-def calibrated_ece(tally: Tally, seed: int = 0) -> tuple[Floats, Floats]:
-    """[G] mean and 95th percentile of the ECE that a perfectly calibrated model would show on as many samples with the
-    same confidences: the plug-in ECE is biased upward, most where n is small."""
+def calibrated_ece(tally: Tally, weights: Floats | None = None, seed: int = 0) -> tuple[Floats, Floats]:
+    """[G] mean and 95th percentile of the ECE that a perfectly calibrated model would show on as many samples with
+    the same confidences: the plug-in ECE is biased upward, most where n is small.
+
+    With weights of true classes, [K], on as many samples as the weighted ones are worth (Kish 1965).
+    """
     random = np.random.Generator(np.random.Philox(key=[seed, tally.shape.groups + 2**32]))
-    bins = coarse_bins(tally)
-    n, confidence = bins[..., 0].astype(np.int64), bins[..., 2]
-    right = random.binomial(n, np.nan_to_num(divide(confidence, n)).clip(0, 1), (REPLICATES, *n.shape))
-    values = divide(np.abs(confidence - right).sum(2), n.sum(1))
+    bins = coarse_bins(tally, weights)
+    if weights is not None:
+        worth = divide((tally.confusion.sum(2) @ weights) ** 2, tally.confusion.sum(2) @ weights**2)
+        bins = bins * divide(worth, bins[..., 0].sum(1))[:, None, None]
+    n = np.nan_to_num(np.rint(bins[..., 0])).astype(np.int64)
+    confidence = np.nan_to_num(divide(bins[..., 2], bins[..., 0])).clip(0, 1)
+    right = random.binomial(n, confidence, (REPLICATES, *n.shape))
+    values = divide(np.abs(n * confidence - right).sum(2), n.sum(1))
     return values.mean(0), np.percentile(values, 95, axis=0)
 
 
 def _shares(counts: Ints) -> Floats:
     """Probabilities of each row; an empty group keeps its (unused) mass in the first cell."""
-    counts = counts.astype(np.float64)
-    counts[counts.sum(1) == 0, 0] = 1
-    return counts / counts.sum(1, keepdims=True)
+    shares = counts.astype(np.float64)
+    shares[shares.sum(1) == 0, 0] = 1
+    return shares / shares.sum(1, keepdims=True)

@@ -12,9 +12,10 @@ from trainer.metrics.intervals import estimate, resample
 from trainer.metrics.tally import Tally
 
 SCHEMA = pa.schema(
-    [("run", pa.string()), ("split", pa.string()), ("view", pa.string()), ("step", pa.int64())]
-    + [("metric", pa.string()), ("class", pa.string()), ("grouping", pa.string()), ("group", pa.string())]
-    + [("value", pa.float64()), ("low", pa.float64()), ("high", pa.float64()), ("n", pa.int64())]
+    {"run": pa.string(), "split": pa.string(), "view": pa.string(), "step": pa.int64()}
+    | dict.fromkeys(("metric", "class", "grouping", "group"), pa.string())
+    | dict.fromkeys(("value", "low", "high"), pa.float64())
+    | {"n": pa.int64()}
 )
 """`class` and `group` are empty where a metric has none; `n` is null for a comparison of groups."""
 

@@ -1,7 +1,7 @@
-"""What samples add to the evaluation: integer sums of fixed shape, which add up over batches, ranks, nodes and runs.
+"""What samples add to the evaluation: integer sums of fixed shape, which add up over batches, ranks and runs.
 
-Sums of scores are 64-bit fixed point, so that a sum has the same bits in any order. Every metric is a function of a Tally.
-Shapes: B samples, G groups (the finest: cells of all group columns), K classes, BINS bins of confidence.
+Sums of scores are 64-bit fixed point, so that a sum has the same bits in any order; every metric is a function of them.
+Shapes: B samples, G groups (the finest: cells of all group columns), K classes, BINS bins.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-BINS = 300
+BINS = 60
 """Of equal width over [0, 1]; a multiple of the 10, 15 and 20 that are in use."""
 SCALE = 2.0**28
 """One in fixed point: an error of 2**-29 a row, and room for 10**9 rows of 10 nats."""
@@ -37,7 +37,7 @@ class Shape(NamedTuple):
     @property
     def parts(self) -> list[tuple[int, ...]]:
         g, k = self
-        return [(g, k, k), (g, BINS, 3), (g, k, 2, 2)]
+        return [(g, k, k), (g, k, BINS, 3), (g, k, 2, 2)]
 
     @property
     def size(self) -> int:
@@ -51,8 +51,8 @@ class Tally:
     confusion: Ints
     """Samples by group, true class and decision, [G, K, K]."""
     confidence: Ints
-    """By group and bin of the largest probability, [G, BINS, 3]: samples, samples whose most probable class is right,
-    and the sum of the probability, in units of 1 / SCALE."""
+    """By group, true class and bin of the largest probability, [G, K, BINS, 3]: samples, samples whose most probable
+    class is right, and the sum of that probability, in units of 1 / SCALE."""
     scores: Ints
     """By group and true class, for NLL (nats) and Brier score, [G, K, 2, 2]: sum and sum of squares, in units of
     1 / SCALE."""
@@ -108,11 +108,11 @@ def count(
 ) -> Tensor:
     """The tally of a batch as a vector, int64 [Shape.size], on its device and without waiting for it.
 
-    `log_probabilities` [B, K] in nats; `decisions`, `labels`, `cells`, `valid` [B]. Rows that are not valid count nowhere.
+    `log_probabilities` [B, K] in nats; `decisions`, `labels`, `cells`, `valid` [B]. Rows not valid count nowhere.
     """
     import torch
 
-    groups, classes = shape
+    classes = shape.classes
     log_p = log_probabilities.double()
     p = log_p.exp()
     top, most_probable = p.max(1)
@@ -126,7 +126,7 @@ def count(
     confusion, confidence, scores = out.split([math.prod(part) for part in shape.parts])
     confusion.index_add_(0, (cells * classes + labels) * classes + decisions, one)
     in_bin = torch.stack([torch.ones_like(one), (most_probable == labels).long(), _fixed(top)], 1)
-    confidence.view(-1, 3).index_add_(0, cells * BINS + bins, in_bin * one[:, None])
+    confidence.view(-1, 3).index_add_(0, (cells * classes + labels) * BINS + bins, in_bin * one[:, None])
     moments = _fixed(torch.stack([score, score.square()], 2).flatten(1))
     scores.view(-1, 4).index_add_(0, cells * classes + labels, moments * one[:, None])
     return out

@@ -1,0 +1,69 @@
+"""Evaluates a trained run on splits of its data set: every image once, per class and per group, with intervals."""
+
+from pathlib import Path
+from typing import Literal
+
+from data_loaders.settings import Settings
+from jobs.command import command
+
+EXAMPLE = "python -m jobs.evaluate run=runs/balanced splits=[test]"
+
+
+class Evaluate(Settings):
+    """Which run, and on what."""
+
+    run: Path
+    """Folder of the run."""
+    splits: tuple[str, ...] = ()
+    """Splits to evaluate; by default all but the training split."""
+    data: Path | None = None
+    """Folder of the data set; by default the one the run was trained on."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the model runs."""
+
+
+def run(settings: Evaluate) -> None:
+    from trainer.report.page import read_run
+    from trainer.report.tables import summary
+
+    splits = evaluate_run(settings)
+    print(summary([s for s in read_run(settings.run).subjects if s.split in splits]))
+    print(f"metrics, predictions and tallies in {settings.run / 'evaluation'}")
+
+
+def evaluate_run(settings: Evaluate) -> tuple[str, ...]:
+    """Evaluates, and leaves the results in the run's folder; the splits that it did."""
+    import pyarrow.parquet
+    import torch
+
+    from data_loaders import durable
+    from data_loaders.index import open_index
+    from trainer import evaluate
+    from trainer.checkpoint import load_model
+    from trainer.context import Local, device_for
+    from trainer.metrics.long_table import rows, table
+
+    device = device_for(settings.device)
+    trained = load_model(settings.run / "model", device)
+    data = trained.config.data
+    index = open_index(settings.data or data.path)
+    torch.set_num_threads(trained.config.cluster.threads * trained.config.cluster.workers)
+    out, lines = settings.run / "evaluation", []
+    splits = settings.splits or tuple(name for name in index.splits if name != data.train)
+    for split in splits:
+        found = evaluate.evaluate(trained.model, trained.ledger, index, data, split, Local(settings.run, device))
+        evaluate.save(out, found, {"data": index.fingerprint})
+        for view, tally in found.tallies.items():
+            key = {"run": settings.run.name, "split": split, "view": view, "step": None}
+            lines += rows(tally, index.classes, index.group_values, **key)
+    with durable.writing(out / "metrics.parquet") as aside:
+        pyarrow.parquet.write_table(table(lines), aside)
+    return splits
+
+
+def main() -> None:
+    command(lambda: Evaluate, __doc__, EXAMPLE, run)
+
+
+if __name__ == "__main__":
+    main()

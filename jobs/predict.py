@@ -1,0 +1,68 @@
+"""Predicts new images, from a folder or a CSV, with a trained model: probabilities, decision and its expected cost."""
+
+from pathlib import Path
+from typing import Literal
+
+from data_loaders.faults import Refusal
+from data_loaders.settings import Settings
+from data_loaders.sources import AnySource
+from jobs.command import command
+from trainer.decision.ledger import Decision
+
+EXAMPLE = "python -m jobs.predict run=runs/balanced source.kind=folder source.path=photos out=predictions.csv"
+
+
+class Predict(Settings):
+    """Which model, which images, and where to."""
+
+    run: Path
+    """Folder of the run."""
+    source: AnySource
+    """The images; labels are not needed, and not read."""
+    out: Path = Path("predictions.parquet")
+    """A .parquet or .csv file."""
+    decision: Decision | None = None
+    """Another prior of use and other costs than the model was trained with."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the model runs."""
+
+
+def run(settings: Predict) -> None:
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    from data_loaders import durable
+    from data_loaders.progress import Progress
+    from data_loaders.sources.rows import write_rejected
+    from trainer.checkpoint import load_model
+    from trainer.context import device_for
+    from trainer.predict import predict
+
+    trained = load_model(settings.run / "model", device_for(settings.device))
+    ledger = trained.ledger if settings.decision is None else trained.ledger.under(settings.decision)
+    listing = settings.source.listing(labelled=False)
+    progress, tables, rejected, done = Progress("predict", len(listing.rows), "images"), [], listing.rejected, 0
+    for table, bad in predict(trained, ledger, listing.rows):
+        tables.append(table)
+        rejected += bad
+        done += len(table) + len(bad)
+        progress.show(done)
+    if not tables:
+        raise Refusal("There is nothing to predict:", [r.fault for r in rejected], 65)
+    with durable.writing(settings.out) as aside:
+        save = pyarrow.csv.write_csv if settings.out.suffix == ".csv" else pyarrow.parquet.write_table
+        save(pa.concat_tables(tables), aside)
+    print(f"{sum(map(len, tables)):,} predictions in {settings.out}")
+    if rejected:
+        path = settings.out.with_suffix(".rejected.csv")
+        write_rejected(path, rejected)
+        print(f"{len(rejected):,} images could not be used: see {path}")
+
+
+def main() -> None:
+    command(lambda: Predict, __doc__, EXAMPLE, run)
+
+
+if __name__ == "__main__":
+    main()

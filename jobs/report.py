@@ -1,0 +1,34 @@
+"""Writes one self-contained HTML page of evaluated runs, worst group first, and the JSON behind it."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from data_loaders.settings import Settings
+from jobs.command import command
+
+EXAMPLE = "python -m jobs.report runs=[runs/natural,runs/balanced] out=report.html"
+
+
+class Report(Settings):
+    """Which runs, and where to."""
+
+    runs: tuple[Path, ...] = Field(min_length=1)
+    """Folders of evaluated runs."""
+    out: Path = Path("report.html")
+    """The page; its JSON lies beside it."""
+
+
+def run(settings: Report) -> None:
+    from trainer.report.page import read_run, write
+
+    write([read_run(folder) for folder in settings.runs], settings.out)
+    print(f"report in {settings.out}, its data in {settings.out.with_suffix('.json')}")
+
+
+def main() -> None:
+    command(lambda: Report, __doc__, EXAMPLE, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Evaluated runs as one self-contained page, with the JSON behind it: no script runs, and nothing is fetched."""
+
+import base64
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from data_loaders import durable
+from data_loaders.faults import Fault, Refusal
+from trainer.decision.ledger import Ledger
+from trainer.metrics.tally import Shape, Tally
+from trainer.report import figures
+from trainer.report.tables import LEAST_N, Subject
+
+HERE = Path(__file__).parent
+
+
+class EvaluatedRun(NamedTuple):
+    """A run with all of its evaluations."""
+
+    name: str
+    facts: dict[str, Any]
+    ledger: Ledger
+    subjects: list[Subject]
+
+
+def read_run(folder: Path) -> EvaluatedRun:
+    """The evaluations that `jobs.evaluate` left in a run's folder, after their checksums agree."""
+    model = folder / "model"
+    evaluations = sorted(p for p in (folder / "evaluation").glob("[!.]*") if p.is_dir())
+    wrong = [(path, durable.damage(path)) for path in (model, *evaluations)]
+    faults = [Fault(str(path), damage, "train or evaluate again") for path, damage in wrong if damage]
+    if not evaluations:
+        faults.append(Fault(str(folder / "evaluation"), "holds nothing", f"python -m jobs.evaluate run={folder}"))
+    if faults:
+        raise Refusal("The run cannot be reported:", faults, 65)
+    ledger = Ledger.from_json(_json(model / "ledger.json"))
+    facts = _json(model / "facts.json")
+    groups = {name: tuple(values) for name, values in facts["groups"].items()}
+    subjects = [
+        Subject(folder.name, path.name, view, tally, ledger, groups)
+        for path in evaluations
+        for view, tally in read_tallies(path).items()
+    ]
+    return EvaluatedRun(folder.name, facts, ledger, subjects)
+
+
+def read_tallies(folder: Path) -> dict[str, Tally]:
+    """View -> tally of one evaluation."""
+    from safetensors.numpy import load_file
+
+    shape = Shape(*_json(folder / "facts.json")["shape"])
+    return {name: Tally.of(vector, shape) for name, vector in load_file(folder / "tallies.safetensors").items()}
+
+
+def write(runs: list[EvaluatedRun], out: Path) -> None:
+    """Writes the page, and its JSON beside it under the same name."""
+    tree = [_tree(run) for run in runs]
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    style = (HERE / "page.css").read_text()
+    page = environment.get_template("page.html").render(
+        runs=runs,
+        figures=figures,
+        least_n=LEAST_N,
+        style=style,
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        json=_harmless(json.dumps(tree, allow_nan=False)),
+        percent=lambda value: "–" if math.isnan(value) else f"{value:.1%}",
+    )
+    durable.write(out, page)
+    durable.write_json(out.with_suffix(".json"), tree)
+
+
+def _tree(run: EvaluatedRun) -> dict[str, Any]:
+    return {
+        "run": run.name,
+        "facts": run.facts,
+        "ledger": run.ledger.to_json(),
+        "evaluations": [
+            {
+                "split": s.split,
+                "view": s.view,
+                "confusion": s.tally.confusion.tolist(),
+                "by_class": _rows(s.class_table()),
+                "by_group": {table.title: _rows(table) for table in s.group_tables()},
+                "fairness": [[grouping, name, k, _number(value)] for grouping, name, k, value in s.fairness()],
+                "nll": _number(s.nll()),
+                "expected_cost": _number(s.cost()),
+                "ece": list(map(_number, s.ece())),
+            }
+            for s in run.subjects
+        ],
+    }
+
+
+def _rows(table: Any) -> list[dict[str, Any]]:
+    return [
+        {"name": line.name}
+        | {c: [*map(_number, value[:3]), value.n] for c, value in zip(table.columns[1:], line.cells, strict=True)}
+        for line in table.lines
+    ]
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _harmless(text: str) -> str:
+    """JSON that cannot end the element it stands in."""
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_bytes())
