@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from data_loaders.decode import Pixels
 from data_loaders.settings import Settings
@@ -49,7 +49,7 @@ class Standard(Settings):
     """Probability of a left-right flip."""
     flip_vertical: Probability = 0.0
     """Probability of an upside-down flip."""
-    rotation: NonNegativeFloat = 0.0
+    rotation: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0
     """Greatest angle, in degrees, to either side."""
 
     @model_validator(mode="after")
@@ -87,10 +87,8 @@ class PadCrop(Settings):
     def __call__(self, image: Pixels, size: int, random: np.random.Generator) -> Pixels:
         whole, p = centred(image, size), self.padding
         down, right = random.integers(-p, p, size=2, endpoint=True)
-        shifted = np.zeros_like(whole)
-        shifted[max(down, 0) : size + min(down, 0), max(right, 0) : size + min(right, 0)] = whole[
-            max(-down, 0) : size + min(-down, 0), max(-right, 0) : size + min(-right, 0)
-        ]
+        wide = np.pad(whole, ((p, p), (p, p), (0, 0)))
+        shifted = wide[p - down : p - down + size, p - right : p - right + size]
         return _flipped(shifted, random, self.flip_horizontal, 0.0)
 
 

@@ -43,7 +43,7 @@ def publishing(folder: Path) -> Iterator[Path]:
     A `folder` that exists already, which only a repeated interval can have written, is replaced.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    aside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
@@ -53,12 +53,15 @@ def publishing(folder: Path) -> Iterator[Path]:
         for path in (*aside.iterdir(), aside):
             flush(path)
         if folder.exists():
-            os.rename(folder, aside.with_suffix(".old"))
-            shutil.rmtree(aside.with_suffix(".old"))
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(folder, old)
         os.rename(aside, folder)
         flush(folder.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        for left in (aside, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def damage(folder: Path) -> str | None:

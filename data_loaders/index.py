@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,13 @@ class Index:
 def open_index(folder: Path) -> Index:
     """The index of the data set in `folder`, after its checksum agrees with the manifest's."""
     manifest = read_manifest(folder)
-    content = (folder / manifest["index"]["name"]).read_bytes()
-    if hashlib.sha256(content).hexdigest() != manifest["index"]["sha256"]:
-        fault = Fault(str(folder / manifest["index"]["name"]), "is not as it was written", "ingest again")
-        raise Refusal("The data set is damaged:", [fault], 65)
+    path = folder / manifest["index"]["name"]
+    try:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != manifest["index"]["sha256"]:
+            raise ValueError("is not as it was written")
+    except (OSError, ValueError) as wrong:
+        raise Refusal("The data set is damaged:", [Fault(str(path), str(wrong), "ingest again")], 65) from wrong
     table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
     groups = {name: tuple(values) for name, values in manifest["groups"].items()}
     column = {name: table[name].to_numpy().astype(np.int64) for name in table.column_names if name != "id"}
@@ -112,12 +116,20 @@ def open_index(folder: Path) -> Index:
     )
 
 
+def fingerprint(manifest: Mapping[str, Any]) -> str:
+    """Hash (16 hex digits) of the parts of a manifest that say what the rows are and where they lie."""
+    content = {name: manifest[name] for name in ("classes", "groups", "splits", "index", "shards")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "dataset.json"
     try:
         manifest = json.loads(path.read_bytes())
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             raise ValueError(f"is {manifest['format']} {manifest['version']}, not {FORMAT} {VERSION}")
+        if manifest["fingerprint"] != fingerprint(manifest):
+            raise ValueError("is not as it was written")
     except FileNotFoundError:
         fault = Fault(str(path), "does not exist", "make a data set with python -m jobs.ingest")
         raise Refusal("There is no data set:", [fault], 65) from None
@@ -139,13 +151,15 @@ class Reader:
 
     def read(self, row: int) -> bytes:
         """The image file of a row, after its checksum agrees."""
-        i = self.index
-        content = os.pread(self._handle(int(i.shard[row])), int(i.length[row]), int(i.offset[row]))
+        i, shard = self.index, int(self.index.shard[row])
+        try:
+            content = os.pread(self._handle(shard), int(i.length[row]), int(i.offset[row]))
+            what = "is not as it was written"
+        except OSError as wrong:
+            content, what = b"", f"cannot be read: {os.strerror(wrong.errno or 0).lower()}"
         if checksum(content, self._tails[self._cell[row]]) != i.crc32c[row]:
-            where = i.folder / "shards" / i.shards[int(i.shard[row])]
-            raise DamagedRow(
-                f"{where}: row {row} ({i.ids[row]}) is not as it was written — ingest again, or restore it"
-            )
+            where = i.folder / "shards" / i.shards[shard]
+            raise DamagedRow(f"{where}: row {row} ({i.ids[row]}) {what} — ingest again, or restore it")
         return content
 
     def _handle(self, shard: int) -> int:

@@ -1,32 +1,31 @@
 """Images with labels and groups -> a data set of checked, content-addressed Arrow shards, published at the end."""
 
-import hashlib
-import json
 import math
 import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import pairwise
+from contextlib import contextmanager, suppress
+from itertools import accumulate, groupby
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from data_loaders import durable
 from data_loaders.decode import PIXEL_CAP
 from data_loaders.faults import Fault, Refusal
-from data_loaders.index import FORMAT, VERSION, Index
+from data_loaders.index import FORMAT, VERSION, Index, fingerprint
 from data_loaders.progress import Progress
 from data_loaders.settings import Fraction, Settings, digest
-from data_loaders.shards import Shard, Task, write_shard
+from data_loaders.shards import SHARD_FILE, Shard, Task, write_shard
 from data_loaders.sources import AnySource
-from data_loaders.sources.rows import Listing, Rejected, Row, without_twins, write_rejected
+from data_loaders.sources.rows import Listing, Rejected, Row, without_divided_units, without_twins, write_rejected
 from data_loaders.splits import TRAIN, Splits
 
 Run = Callable[[Callable[[Task], Shard], list[Task]], Iterable[Shard]]
@@ -55,8 +54,8 @@ class Ingest(Settings):
     """Images that claim more pixels are rejected before they are decoded."""
     shard_rows: PositiveInt = 4096
     """Most rows in a shard."""
-    shard_megabytes: PositiveInt = 64
-    """Most image bytes in a shard, in 10^6."""
+    shard_megabytes: Annotated[int, Field(gt=0, le=1024)] = 64
+    """Image bytes in a shard, in 10^6; the last image may exceed them."""
     workers: NonNegativeInt = 0
     """Processes; 0 is one for each core."""
     address: str | None = None
@@ -69,27 +68,22 @@ def ingest(settings: Ingest, run: Run) -> Path:
     if (out / "dataset.json").exists():
         fault = Fault(str(out), "holds a data set already", "give another out=…, or remove it")
         raise Refusal("Nothing was written:", [fault], 73)
-    listing = _with_known_labels(without_twins(settings.source.listing()), settings.classes)
+    listing = without_divided_units(without_twins(settings.source.listing()))
+    listing = _with_known_labels(listing, settings.classes)
     classes = settings.classes or tuple(sorted({row.label for row in listing.rows}))
     rows = settings.splits.draw(listing.rows)
-    (out / "shards").mkdir(parents=True, exist_ok=True)
-    shards: list[Shard] = []
-    try:
-        tasks = _tasks(settings, rows, classes, listing.group_names)
+    with _all_or_nothing(out):
+        shards: list[Shard] = []
         progress = Progress("ingest", len(rows), "rows")
-        for shard in run(write_shard, tasks):
+        for shard in run(write_shard, _tasks(settings, rows, classes, listing.group_names)):
             shards.append(shard)
             progress.show(sum(len(s.rows) + len(s.rejected) for s in shards))
         rejected = listing.rejected + [r for shard in shards for r in shard.rejected]
         write_rejected(out / "rejected.csv", rejected, listing.group_names)
         _refuse_if(settings, classes, [row for shard in shards for row in shard.rows], rejected)
-    except BaseException:
-        for shard in filter(lambda s: s.name, shards):
-            (out / "shards" / shard.name).unlink(missing_ok=True)
-        raise
-    shards = [shard for shard in shards if shard.name]
-    index = _index(out, shards, classes, listing.group_names)
-    return _publish(settings, index, shards, rejected)
+        shards = [shard for shard in shards if shard.name]
+        index = _index(out, shards, classes, listing.group_names)
+        return _publish(settings, index, shards, rejected)
 
 
 def in_processes(workers: int) -> Run:
@@ -106,6 +100,30 @@ def in_processes(workers: int) -> Run:
     return run
 
 
+@contextmanager
+def _all_or_nothing(out: Path) -> Iterator[None]:
+    """A folder for shards, which keeps none when the block fails, nor any that a killed run left there."""
+    try:
+        _sweep(out)
+        (out / "shards").mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as wrong:
+        _sweep(out)
+        fault = Fault(str(wrong.filename or out), (wrong.strerror or str(wrong)).lower(), "give another out=…")
+        raise Refusal("The data set cannot be written:", [fault], 73) from wrong
+    except BaseException:
+        _sweep(out)
+        raise
+
+
+def _sweep(out: Path) -> None:
+    left = [path for path in out.glob("shards/*") if SHARD_FILE.fullmatch(path.name)]
+    for path in (*left, *out.glob("index.arrow")):
+        path.unlink()
+    with suppress(OSError):
+        (out / "shards").rmdir()
+
+
 def _with_known_labels(listing: Listing, classes: tuple[str, ...]) -> Listing:
     if not classes:
         return listing
@@ -120,17 +138,18 @@ def _with_known_labels(listing: Listing, classes: tuple[str, ...]) -> Listing:
 
 def _tasks(settings: Ingest, rows: list[Row], classes: tuple[str, ...], groups: tuple[str, ...]) -> list[Task]:
     """Shards of similar size, so that no worker waits for one large shard."""
+    cap = settings.shard_rows * settings.shard_megabytes * 10**6
     by_split: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_split[row.split].append(row)
     tasks: list[Task] = []
     for split in sorted(by_split, key=lambda name: (name != TRAIN, name)):
-        members = by_split[split]
-        megabytes = sum(_size(row.file) for row in members) / 1e6
-        count = max(math.ceil(len(members) / settings.shard_rows), math.ceil(megabytes / settings.shard_megabytes))
-        cuts = np.linspace(0, len(members), count + 1).astype(int)
-        for number, (start, stop) in enumerate(pairwise(cuts)):
-            part = members[start:stop]
+        fill = [max(cap // settings.shard_rows, _size(row.file) * settings.shard_rows) for row in by_split[split]]
+        total, begins = sum(fill), accumulate(fill, initial=0)
+        count = -(-total // cap)
+        numbered = groupby(zip(begins, by_split[split], strict=False), key=lambda item: item[0] * count // total)
+        for number, (_, members) in enumerate(numbered):
+            part = [row for _, row in members]
             tasks.append(Task(settings.out / "shards", number, part, classes, groups, settings.pixel_cap))
     return tasks
 
@@ -144,12 +163,10 @@ def _size(file: str) -> int:
 
 def _refuse_if(settings: Ingest, classes: tuple[str, ...], good: list[Row], rejected: list[Rejected]) -> None:
     total = len(good) + len(rejected)
-    if len(rejected) > settings.rejects.allow * total:
-        share = len(rejected) / total
-        title = (
-            f"{len(rejected):,} of {total:,} rows cannot be used, all listed in {settings.out / 'rejected.csv'}; "
-            f"rejects.allow={math.ceil(share * 1000) / 1000:g} would drop them:"
-        )
+    if rejected and len(rejected) / total > settings.rejects.allow:
+        enough = math.ceil(len(rejected) / total * 1000) / 1000
+        title = f"{len(rejected):,} of {total:,} rows cannot be used, all listed in {settings.out / 'rejected.csv'}"
+        title += f"; rejects.allow={enough:g} would drop them:" if enough < 1 else ":"
         raise Refusal(title, [r.fault for r in rejected], 65)
     trained = Counter(row.label for row in good if row.split == TRAIN)
     faults = [Fault(c, "has no training row", "add images of it, or give classes=…") for c in classes if not trained[c]]
@@ -198,7 +215,7 @@ def _publish(settings: Ingest, index: Index, shards: list[Shard], rejected: list
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "fingerprint": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16],
+        "fingerprint": fingerprint(content),
         **content,
         "rows": {split: _by_class(index, split) for split in index.splits},
         "rejected": _counted(rejected, tuple(index.group_values)),
@@ -220,7 +237,8 @@ def _counted(rejected: list[Rejected], group_names: tuple[str, ...]) -> dict[str
         name: dict(Counter((r.row.groups[a] if a < len(r.row.groups) else "") or "(none)" for r in rejected))
         for a, name in enumerate(group_names)
     }
-    return {"rows": len(rejected), "by_class": dict(Counter(r.row.label or "(none)" for r in rejected)), **by_group}
+    by_class = dict(Counter(r.row.label or "(none)" for r in rejected))
+    return {"rows": len(rejected), "by_class": by_class, "by_group": by_group}
 
 
 def clear(out: Path) -> None:

@@ -41,15 +41,17 @@ def parse(kind: type[S], words: Sequence[str]) -> S:
     """The settings that command-line words ask for: names of YAML files, and path=value."""
     changes: list[Change] = []
     faults: list[Fault] = []
+    beside: list[Change] = []  # the words since the last file
     for word in words:
         path, is_change, value = word.partition("=")
         if is_change:
-            changes += _from_text(value, path, faults, tuple(path.split(".")))
+            beside += _from_text(value, path, faults, tuple(path.split(".")))
         elif Path(word).suffix in {".yaml", ".yml"}:
-            changes += _from_file(Path(word), faults)
+            changes += [*_kinds_first(beside), *_from_file(Path(word), faults)]
+            beside = []
         else:
             faults.append(Fault(word, "neither a YAML file nor path=value", "see --help"))
-    return _build(kind, {}, changes, faults)
+    return _build(kind, {}, [*changes, *_kinds_first(beside)], faults)
 
 
 def parse_text(kind: type[S], text: str, name: str = "settings") -> S:
@@ -60,8 +62,8 @@ def parse_text(kind: type[S], text: str, name: str = "settings") -> S:
 
 def override(settings: S, changes: dict[str, Any]) -> S:
     """New settings in which these dotted paths have these values."""
-    tree = settings.model_dump()
-    return _build(type(settings), tree, [Change(tuple(p.split(".")), v, p) for p, v in changes.items()], [])
+    asked = [Change(tuple(path.split(".")), value, path) for path, value in changes.items()]
+    return _build(type(settings), settings.model_dump(), _kinds_first(asked), [])
 
 
 def dump(settings: Settings) -> str:
@@ -123,6 +125,21 @@ def kind_of(variant: type[Settings]) -> str | None:
     return get_args(field.annotation)[0] if field else None
 
 
+def _kinds_first(changes: Iterable[Change]) -> list[Change]:
+    """The changes, each `section.kind` ahead of what stands beside it for that section, since a new kind clears it."""
+    ordered: list[Change] = []
+    for change in changes:
+        before = (n for n, earlier in enumerate(ordered, 1) if _clears(earlier.path, change.path))
+        ordered.insert(max(before, default=0) if change.path[-1] == "kind" else len(ordered), change)
+    return ordered
+
+
+def _clears(earlier: tuple[str, ...], path: tuple[str, ...]) -> bool:
+    """Whether a change at `earlier` sets anew the section that `path` lies in."""
+    section = earlier[:-1] if earlier[-1] == "kind" else earlier
+    return path[: len(section)] == section
+
+
 def _build(kind: type[S], tree: Tree, changes: Iterable[Change], faults: list[Fault]) -> S:
     places: dict[tuple[str, ...], str] = {}
     for change in changes:
@@ -143,7 +160,7 @@ def _put(node: Tree, choices: list[type[Settings]], path: tuple[str, ...], chang
     name, *rest = path
     by_kind = {kind_of(choice): choice for choice in choices}
     if name == "kind" and not rest and None not in by_kind:
-        if change.value not in by_kind:
+        if not isinstance(change.value, str) or change.value not in by_kind:
             faults.append(Fault(change.where, f"no kind {change.value!r}", _nearest(str(change.value), by_kind)))
         elif node.get("kind") != change.value:
             node.clear()  # the settings of the former kind do not carry over
@@ -170,7 +187,13 @@ def _put(node: Tree, choices: list[type[Settings]], path: tuple[str, ...], chang
     elif rest:
         faults.append(Fault(change.where, f"{name!r} is a single value and has no part {'.'.join(rest)!r}"))
     else:
-        node[name] = change.value
+        node[name] = _member(fields[name].annotation, change.value)
+
+
+def _member(annotation: Any, value: Any) -> Any:
+    """The member of a Literal that a text spells, since pydantic reads no number out of a text there."""
+    members = {str(member): member for member in get_args(annotation)} if get_origin(annotation) is Literal else {}
+    return members.get(value, value) if isinstance(value, str) else value
 
 
 def _new(choices: list[type[Settings]]) -> Tree:
@@ -218,14 +241,39 @@ def _from_text(text: str, name: str, faults: list[Fault], path: tuple[str, ...])
     """Changes that YAML text asks for; `path` is where in the tree the text belongs."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        wrong_names = list(_wrong_names(node, name))
     except yaml.MarkedYAMLError as wrong:
         mark = wrong.problem_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark and not path else name
         faults.append(Fault(place, f"is not YAML: {wrong.problem}"))
         return []
+    except (yaml.YAMLError, RecursionError) as wrong:
+        faults.append(Fault(name, f"is not YAML: {' '.join(str(wrong).split())}"))
+        return []
+    if wrong_names:
+        faults += wrong_names
+        return []
     if path:
         return [Change(path, None if node is None else _value(node), name)]
     return list(_leaves(node, name, ())) if node else []
+
+
+def _wrong_names(node: yaml.Node | None, name: str) -> Iterator[Fault]:
+    """Names that stand twice, of which YAML would silently take the last, and names that are not text."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _wrong_names(item, name)
+    elif isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            where = f"{name}:{key.start_mark.line + 1}:{key.start_mark.column + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                yield Fault(where, "the name of a setting is a list or a mapping", "write name: value")
+            elif key.value in seen:
+                yield Fault(where, f"{key.value!r} stands twice", "keep one of the two")
+            else:
+                seen.add(key.value)
+            yield from _wrong_names(value, name)
 
 
 def _leaves(node: yaml.Node, name: str, path: tuple[str, ...]) -> Iterator[Change]:

@@ -6,6 +6,7 @@ shard is never rewritten; where each image lies in the file goes to the index.
 
 import json
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from data_loaders.sources.rows import Rejected, Row
 
 BATCH_ROWS = 256
 FILE_CAP = 256 * 2**20
+SHARD_FILE = re.compile(r"\.?\w[\w.-]*-\d{5,}(-[0-9a-f]{8}\.arrow|\.\d+\.tmp)")
+"""Names of shards, finished or not."""
 
 
 @dataclass(frozen=True)

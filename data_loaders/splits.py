@@ -1,6 +1,7 @@
 """Draws train, validation and test rows, stratified by class and group, never dividing a unit such as a patient."""
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -48,17 +49,13 @@ class Splits(Settings):
         for i, row in enumerate(rows):
             strata[_stratum(row)].append(i)
         split = [TRAIN] * len(rows)
-        want = dict.fromkeys(shares, 0.5)  # carried from stratum to stratum, so that small ones do not all round down
+        shares = {**shares, TRAIN: 1 - sum(shares.values())}
+        owed = dict.fromkeys(shares, 0.0)
         for stratum in sorted(strata):
             members = sorted(strata[stratum], key=lambda i: self._order(rows[i].path))
-            taken = 0
-            for name, share in shares.items():
-                before = int(want[name])
-                want[name] += share * len(members)
-                count = int(want[name]) - before
-                for i in members[taken : taken + count]:
-                    split[i] = name
-                taken += count
+            names = [name for name, count in _whole(len(members), shares, owed).items() for _ in range(count)]
+            for i, name in zip(members, names, strict=True):
+                split[i] = name
         return split
 
     def _assign(self, units: Mapping[str, list[Row]], shares: Mapping[str, float]) -> dict[str, str]:
@@ -68,7 +65,7 @@ class Splits(Settings):
         lack = {name: {s: share * n for s, n in total.items()} for name, share in shares.items()}
         split: dict[str, str] = {}
         for unit in sorted(units, key=lambda u: (-len(units[u]), self._order(u))):
-            content = Counter(_stratum(row) for row in units[unit])
+            content = Counter(sorted(_stratum(row) for row in units[unit]))  # sorted: float sums depend on the order
             split[unit] = max(lack, key=lambda name: _gain(lack[name], content, total))
             for stratum, n in content.items():
                 lack[split[unit]][stratum] -= n
@@ -76,6 +73,20 @@ class Splits(Settings):
 
     def _order(self, name: str) -> bytes:
         return hashlib.blake2b(f"{self.seed}\0{name}".encode(), digest_size=8).digest()
+
+
+def _whole(n: int, shares: Mapping[str, float], owed: dict[str, float]) -> dict[str, int]:
+    """The shares of n rows, each rounded down or up: up where most is owed. What is owed is carried from stratum to
+    stratum, so that small ones do not all round alike, and stays below one row."""
+    exact = {name: share * n for name, share in shares.items()}
+    count = {name: math.floor(rows + 1e-9) for name, rows in exact.items()}
+    for name, rows in exact.items():
+        owed[name] += rows - count[name]
+    broken = [name for name, rows in exact.items() if rows - count[name] > 1e-9]
+    for name in sorted(broken, key=lambda name: -owed[name])[: n - sum(count.values())]:
+        count[name] += 1
+        owed[name] -= 1
+    return count
 
 
 def _stratum(row: Row) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from jobs.command import command
 
 EXAMPLE = "python -m jobs.demo folder=build/demo"
 CONFIGS = Path(__file__).parent / "configs"
+SHOWN = "jobs/configs"
 
 
 class Demo(Settings):
@@ -31,7 +32,7 @@ def run(settings: Demo) -> None:
     root, data = settings.folder, settings.folder / "data"
     clear(root)
     root.mkdir(parents=True)
-    _say(f"python -m jobs.ingest {CONFIGS.name}/demo_data.yaml")
+    _say(f"python -m jobs.ingest {SHOWN}/demo_data.yaml")
     words = [str(CONFIGS / "demo_data.yaml"), f"source.folder={root / 'images'}", f"out={data}"]
     ingest.run(parse(Ingest, words))
 
@@ -39,7 +40,7 @@ def run(settings: Demo) -> None:
     configs = [override(config, {"folder": root / "runs", "data.path": data}) for config in configs]
     with cluster(configs[0].cluster):
         for config in configs:
-            _say(f"python -m jobs.train {CONFIGS.name}/demo_{config.name}.yaml")
+            _say(f"python -m jobs.train {SHOWN}/demo_{config.name}.yaml")
             trained = train(config)
             print(f"W&B run in {trained.facts['tracked']}")
     for config in configs:

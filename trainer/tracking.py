@@ -97,6 +97,7 @@ class Tracker:
             self._run = wandb.init(mode=mode, **options)
         except CommError as wrong:
             self._say(f"W&B cannot be reached, so this run is offline: {wrong}")
+            wandb.teardown()  # which frees the id of the run that did not start
             self._run = wandb.init(mode="offline", **(options | {"resume": None}))
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -122,8 +123,11 @@ def _mode(settings: Tracking) -> Any:
 def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    import wandb
+
+    addresses = [os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url, "https://api.wandb.ai"]
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        known = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
         return False
+    return any(known.authenticators(urlsplit(address).hostname or "") for address in addresses)

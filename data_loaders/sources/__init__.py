@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from data_loaders.sources.csv_file import Csv
+from data_loaders.sources.demo import Demo
 from data_loaders.sources.folder import Folder
 
-AnySource = Annotated[Csv | Folder, Field(discriminator="kind")]
+AnySource = Annotated[Csv | Folder | Demo, Field(discriminator="kind")]

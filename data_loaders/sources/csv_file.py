@@ -1,15 +1,19 @@
 """A CSV that lists image files, with a label and any number of group columns."""
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_loaders.faults import Fault, Refusal
 from data_loaders.settings import Settings
-from data_loaders.sources.rows import Listing, Rejected, Row, inside
+from data_loaders.sources.rows import SPLIT_NAME, Listing, Rejected, Row, SplitName, inside
+
+TAKEN = {"", "id", "image", "label", "crc32c"}
+"""What no group column can be called: the shards have these columns already."""
 
 
 class Csv(Settings):
@@ -18,7 +22,7 @@ class Csv(Settings):
     kind: Literal["csv"] = "csv"
     path: Path
     """The CSV file."""
-    held_out: dict[str, Path] = Field(default_factory=dict)
+    held_out: dict[SplitName, Path] = Field(default_factory=dict)
     """Further CSV files, each a split of its own: `source.held_out.test=test.csv`."""
     root: Path | None = None
     """Folder that the paths in the CSV are relative to and may not leave; by default the CSV's own."""
@@ -31,6 +35,13 @@ class Csv(Settings):
     split_by: str | None = None
     """Column (patient, session) whose rows are never divided between splits."""
 
+    @field_validator("group_columns")
+    @classmethod
+    def _can_be_columns_of_a_shard(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := sorted({name for name in names if name in TAKEN or names.count(name) > 1}):
+            raise ValueError(f"a group column stands once, and is not called {' or '.join(map(repr, wrong))}")
+        return names
+
     @model_validator(mode="after")
     def _one_way_to_split(self) -> "Csv":
         if self.split_column and self.split_by:
@@ -40,27 +51,27 @@ class Csv(Settings):
     def listing(self, labelled: bool = True) -> Listing:
         """Every row of the CSV files; without labels when they are only to be predicted."""
         listing = Listing(self.group_columns if labelled else ())
+        faults: list[Fault] = []
         for split, path in {"": self.path, **self.held_out}.items():
-            for row, problem in self._rows(path, split, labelled):
-                if problem is None:
-                    listing.rows.append(row)
-                else:
-                    listing.rejected.append(Rejected(row, problem))
+            try:
+                for row, problem in self._rows(path, split, labelled):
+                    if problem is None:
+                        listing.rows.append(row)
+                    else:
+                        listing.rejected.append(Rejected(row, problem))
+            except Refusal as refusal:
+                faults += refusal.faults
+        if faults:
+            raise Refusal("The CSV cannot be used:", faults, 65)
         return listing
 
     def _rows(self, path: Path, split: str, labelled: bool) -> Iterator[tuple[Row, Fault | None]]:
-        root = self.root or path.parent
-        try:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                lines = csv.reader(file, strict=True)
-                columns = self._columns(path, next(lines, []), split, labelled)
-                for cells in lines:
-                    if cells:
-                        yield self._row(f"{path}:{lines.line_num}", root, cells, columns, split)
-        except (OSError, UnicodeDecodeError, csv.Error) as wrong:
-            raise Refusal(
-                "The CSV cannot be read:", [Fault(str(path), str(wrong), "save it as UTF-8 CSV")], 65
-            ) from wrong
+        records = _records(path)
+        _, header = next(records, ("", []))
+        columns = self._columns(path, [name.strip() for name in header], split, labelled)
+        for where, cells in records:
+            if cells:
+                yield self._row(where, self.root or path.parent, cells, columns, split)
 
     def _columns(self, path: Path, header: list[str], split: str, labelled: bool) -> dict[str, int]:
         """Name -> position of the columns that are used."""
@@ -68,9 +79,10 @@ class Csv(Settings):
         if labelled:
             wanted += [self.label_column, *self.group_columns, *filter(None, [self.split_by])]
             wanted += [self.split_column] if self.split_column and not split else []
+        fix = f"there are: {', '.join(header)}" if header else "begin the file with the names of its columns"
         faults = [
-            Fault(f"{path}:1", f"column {name!r} stands {header.count(name)} times", f"there are: {', '.join(header)}")
-            for name in wanted
+            Fault(f"{path}:1", f"column {name!r} stands {header.count(name)} times", fix)
+            for name in dict.fromkeys(wanted)
             if header.count(name) != 1
         ]
         if faults:
@@ -99,4 +111,38 @@ class Csv(Settings):
             return row, Fault(
                 f"{where}:{columns[self.path_column] + 1}", what, "set source.root to a folder above both"
             )
+        if given and not re.fullmatch(SPLIT_NAME, given):
+            at = f"{where}:{columns[self.split_column or ''] + 1}"
+            return row, Fault(at, f"{given!r} cannot name a split", "use at most 40 letters, digits, . _ and -")
         return row, None
+
+
+def _records(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every record of a CSV, with file:line of its first line: a quoted cell may hold several."""
+    line = 1
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            for cells in reader:
+                yield f"{path}:{line}", cells
+                line = reader.line_num + 1
+    except OSError as wrong:
+        fault = Fault(str(path), f"cannot be read: {(wrong.strerror or str(wrong)).lower()}")
+    except UnicodeDecodeError:
+        fault = Fault(f"{path}:{_first_not_utf8(path)}", "is not UTF-8", "save the file as UTF-8 CSV")
+    except csv.Error as wrong:
+        fault = Fault(f"{path}:{line}", f"is not CSV: {wrong}", 'close every quote; a quote inside of quotes is ""')
+    else:
+        return
+    raise Refusal("The CSV cannot be read:", [fault], 65)
+
+
+def _first_not_utf8(path: Path) -> int:
+    """The number of the first line that is not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                return number
+    return 1

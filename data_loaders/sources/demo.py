@@ -20,7 +20,10 @@ from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from data_loaders.faults import Fault, Refusal
+from data_loaders.progress import Progress
 from data_loaders.settings import Settings
+from data_loaders.sources.csv_file import Csv
+from data_loaders.sources.rows import Listing
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
@@ -81,6 +84,11 @@ class Demo(Settings):
     spatial_bias: Share = 1.0
     """Share of the train and val desserts that are exactly centred; the others lie anywhere; 0 is off."""
 
+    def listing(self, labelled: bool = True) -> Listing:
+        """Draws the data set, unless it is there already, and lists it as a CSV of yours would be."""
+        source = Csv(path=self.draw(), group_columns=("venue", "camera"), split_column="split")
+        return source.listing(labelled)
+
     def draw(self) -> Path:
         """Draws the data set, unless it is there already; the path of the CSV that lists it.
 
@@ -92,10 +100,12 @@ class Demo(Settings):
             return labels
         _prepare(self.folder, settings)
         plan = plan_rows(self)
-        for rows in batches(plan):
+        progress = Progress("draw", self.rows, "images")
+        for number, rows in enumerate(batches(plan), 1):
             pixels, _ = render(plan.take(rows), self.size, [_rng(self.seed, 2 + row) for row in rows])
             for row, image in zip(rows, pixels, strict=True):
                 Image.fromarray(image).save(self.folder / plan.path(row), quality=int(plan.quality[row]))
+            progress.show(min(number * BATCH, self.rows))
         _write_csv(labels, plan, _rng(self.seed, 1))
         return labels
 
@@ -230,10 +240,10 @@ class Canvas:
         """Half axes; a bound of the distance, exact on the rim."""
         return (_length((self.u - x) * (1 / width), (self.v - y) * (1 / height)) - 1) * min(width, height)
 
-    def box(self, x: Length, y: Length, width: Length, height: Length, round: float = 0.02) -> Floats:
+    def box(self, x: Length, y: Length, width: Length, height: Length, corner: float = 0.02) -> Floats:
         """Half width and half height, and the radius of the corners."""
-        du, dv = np.abs(self.u - x) - (width - round), np.abs(self.v - y) - (height - round)
-        return _length(np.maximum(du, 0), np.maximum(dv, 0)) + np.minimum(np.maximum(du, dv), 0) - round
+        du, dv = np.abs(self.u - x) - (width - corner), np.abs(self.v - y) - (height - corner)
+        return _length(np.maximum(du, 0), np.maximum(dv, 0)) + np.minimum(np.maximum(du, dv), 0) - corner
 
     def trapezoid(self, top: float, bottom: float, above: Length, below: float) -> Floats:
         """From the height above to below, half as wide as said at each end; a bound of the distance."""

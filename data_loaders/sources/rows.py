@@ -1,15 +1,21 @@
 """What every source of images becomes: rows to ingest, and rows that cannot be, each with its reason."""
 
 import csv
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
 
 from data_loaders import durable
 from data_loaders.faults import Fault
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+SPLIT_NAME = r"^\w[\w.-]{0,39}$"  # it names the shards, so it must not lead to another folder
+
+SplitName = Annotated[str, Field(pattern=SPLIT_NAME)]
 
 
 class Row(NamedTuple):
@@ -51,8 +57,8 @@ def inside(root: Path, path: str) -> Path | None:
     """The file at `path` under `root`, or None if it lies, or links, outside."""
     if "\0" in path:
         return None
-    file = (root / path).resolve()
-    return file if file.is_relative_to(root.resolve()) else None
+    file = Path(os.path.realpath(root / path))  # resolve() raises where links go in a circle
+    return file if file.is_relative_to(os.path.realpath(root)) else None
 
 
 def without_twins(listing: Listing) -> Listing:
@@ -73,6 +79,23 @@ def without_twins(listing: Listing) -> Listing:
             kept.reject(row, row.where, what, "write both alike")
         else:
             kept.rows.append(row)
+    return kept
+
+
+def without_divided_units(listing: Listing) -> Listing:
+    """Rejects rows whose unit has rows in a given split already: those would be on both sides of it."""
+    kept = Listing(listing.group_names, [], list(listing.rejected))
+    first: dict[str, Row] = {}
+    for row in listing.rows:
+        if row.unit and row.split:
+            first.setdefault(row.unit, row)
+    for row in listing.rows:
+        given = first.get(row.unit, row)
+        if given.split == row.split:
+            kept.rows.append(row)
+        else:
+            what = f"{row.unit!r} has rows in the split {given.split!r} too, at {given.where}"
+            kept.reject(row, row.where, what, f"move all rows of {row.unit!r} to one side, or remove these")
     return kept
 
 

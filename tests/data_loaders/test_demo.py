@@ -27,7 +27,7 @@ def read(labels: Path) -> list[dict[str, str]]:
 
 def bytes_of(folder: Path) -> str:
     """Hash of the CSV and of every image."""
-    files = sorted(folder.rglob("*.jpg")) + [folder / "labels.csv"]
+    files = [*sorted(folder.rglob("*.jpg")), folder / "labels.csv"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

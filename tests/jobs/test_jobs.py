@@ -1,0 +1,165 @@
+"""Jobs as people call them: help, errors, exit codes, and the whole way on a few images."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from data_loaders.ingest import Ingest
+from data_loaders.settings import Settings, describe, dump, parse, parse_text
+from trainer.config import Config
+
+ROOT = Path(__file__).parent.parent.parent
+JOBS = sorted(p.stem for p in (ROOT / "jobs").glob("*.py") if p.stem not in {"__init__", "command"})
+CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+
+
+def call(job: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", f"jobs.{job}", *words], check=False, capture_output=True, text=True, cwd=ROOT)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, job: str, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", [job, *map(str, words)])
+    importlib.import_module(f"jobs.{job}").main()
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_says_what_a_job_does_with_an_example_and_waits_for_neither_torch_nor_ray(job):
+    program = (
+        f"import sys, runpy; sys.argv = ['{job}', '--help']\n"
+        f"try: runpy.run_module('jobs.{job}', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "assert not {'torch', 'ray', 'wandb'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert f"python -m jobs.{job} " in done.stdout
+    assert "Exit codes: 0 done" in done.stdout
+    assert done.stdout.startswith(importlib.import_module(f"jobs.{job}").__doc__.strip()[:30])
+
+
+@pytest.mark.parametrize("kind", [Config, Ingest])
+def test_help_lists_every_setting_with_its_type_and_default(kind: type[Settings]):
+    lines = list(describe(kind))
+    named = [line.split()[0] for line in lines if line.startswith("  ") and "(" in line and not line.startswith("   ")]
+    for path in ("seed", "train.epochs", "optimizer.momentum", "data.sampler.temper") if kind is Config else ("out",):
+        assert path in named
+    temper = [line for line in lines if "data.sampler.temper" in line]
+    assert temper in ([], ["  data.sampler.temper = 0.0  (float, >= 0.0, <= 1.0)"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_says_its_purpose_and_command_and_reloads_to_itself(path: Path):
+    kind = Ingest if "source:" in path.read_text() else Config
+    config = parse(kind, [str(path)])
+    assert parse_text(kind, dump(config)) == config
+    lines = path.read_text().splitlines()
+    comments = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    assert len(comments) >= 3
+    assert any(f"{path.name}" in line and "python -m jobs." in line for line in comments)
+
+
+@pytest.mark.parametrize(
+    ("job", "words", "code", "said"),
+    [
+        (
+            "train",
+            ["data.path=x", "trian.epochs=3", "seed=-1"],
+            2,
+            ["did you mean train", "greater than or equal to 0"],
+        ),
+        ("train", ["nonsense"], 2, ["neither a YAML file nor path=value"]),
+        ("train", [], 2, []),
+        ("train", ["data.path=/nonexistent"], 65, ["python -m jobs.ingest"]),
+        ("ingest", ["source.kind=csv", "source.path=/nonexistent.csv", "out=x"], 65, ["/nonexistent.csv"]),
+        ("evaluate", ["run=/nonexistent"], 65, ["train it first"]),
+        ("report", ["runs=[/nonexistent]"], 65, ["jobs.evaluate"]),
+        ("predict", ["run=/nonexistent", "source.kind=folder", "source.path=/"], 65, ["train it first"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_few_lines_with_the_repair_and_the_exit_code(job, words, code, said):
+    done = call(job, *words)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 10
+    for text in said:
+        assert text in done.stderr
+
+
+def test_the_whole_way_on_a_few_drawn_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    drawn = ["source.kind=demo", "source.rows=240", "source.size=24", "source.imbalance=[6,3,2]"]
+    run(monkeypatch, "ingest", *drawn, "source.folder=images", "out=data", "workers=1")
+    manifest = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    assert manifest["classes"] == ["desserts", "drinks", "food"]
+
+    words = ["data.path=data", "data.size=24", "data.batch=32", "model.widths=[8,16]", "cluster.on=local"]
+    run(monkeypatch, "train", *words, "cluster.device=cpu", "train.steps=8", "train.report_every=4", "name=small")
+    run(monkeypatch, "evaluate", "run=runs/small", "device=cpu")
+    run(monkeypatch, "report", "runs=[runs/small]", "out=page.html")
+    assert "small" in (tmp_path / "page.html").read_text()
+    table = pyarrow.parquet.read_table(tmp_path / "runs" / "small" / "evaluation" / "metrics.parquet")
+    assert set(table["split"].to_pylist()) == {"val", "test", "test_balanced"}
+    assert "recall of desserts" in capsys.readouterr().out
+
+    (tmp_path / "new").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((30, 50, 3), 80 * i, np.uint8)).save(tmp_path / "new" / f"{i}.png")
+    (tmp_path / "new" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    source = ["run=runs/small", "source.kind=folder", "source.path=new", "device=cpu"]
+    run(monkeypatch, "predict", *source)
+    found = pyarrow.parquet.read_table("predictions.parquet").to_pydict()
+    assert found["path"] == ["0.png", "1.png", "2.png"]
+    p = np.stack([found[f"p.{name}"] for name in manifest["classes"]], 1)
+    np.testing.assert_allclose(p.sum(1), 1)
+    assert "broken.jpg" in (tmp_path / "predictions.rejected.csv").read_text()
+
+    run(monkeypatch, "predict", *source, "out=other.csv", "decision.prior=uniform", "decision.costs.kind=equal")
+    lines = (tmp_path / "other.csv").read_text().splitlines()
+    assert len(lines) == 4
+    (tmp_path / "new.csv").write_text("path,x\nnew/1.png,7\n")
+    run(
+        monkeypatch,
+        "predict",
+        "run=runs/small",
+        "source.kind=csv",
+        "source.path=new.csv",
+        "device=cpu",
+        "out=c.parquet",
+    )
+    again = pyarrow.csv.read_csv("c.csv").to_pydict()
+    assert again["p.food"][0] == pytest.approx(found["p.food"][1], abs=1e-5)
+
+
+def test_a_saved_config_makes_the_same_weights_again(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [f"data.path={dataset}", "data.size=12", "data.batch=16", "model.widths=[8]", "cluster.on=local"]
+    run(monkeypatch, "train", *words, "cluster.device=cpu", "train.steps=4", "name=first")
+    run(monkeypatch, "train", "runs/first/config.yaml", "name=second")
+    first, second = ((tmp_path / "runs" / n / "model" / "model.safetensors").read_bytes() for n in ("first", "second"))
+    assert first == second
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore")
+def test_ingest_on_ray_makes_the_same_data_set_as_in_processes(tmp_path, monkeypatch):
+    import ray
+
+    drawn = ["source.kind=demo", "source.rows=60", "source.size=16", f"source.folder={tmp_path / 'images'}"]
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    try:
+        run(monkeypatch, "ingest", *drawn, f"out={tmp_path / 'ray'}", "shard_rows=8", "address=auto")
+    finally:
+        ray.shutdown()
+    run(monkeypatch, "ingest", *drawn, f"out={tmp_path / 'here'}", "shard_rows=8", "workers=2")
+    manifests = [json.loads((tmp_path / name / "dataset.json").read_text()) for name in ("ray", "here")]
+    assert manifests[0]["fingerprint"] == manifests[1]["fingerprint"]
+    assert len(manifests[0]["shards"]) > 4

@@ -1,0 +1,138 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_loaders import durable
+from data_loaders.faults import Refusal
+from trainer.decision.ledger import Decision
+from trainer.metrics.tally import BINS, SCALE, Tally
+from trainer.report.figures import confusion, reliability
+from trainer.report.page import EvaluatedRun, read_run, write
+from trainer.report.tables import LEAST_N, Subject, recall_gain, summary
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
+CLASSES = ("food", "drink", HOSTILE)
+FACTS = {"validation": {"n": 30, "nll": 0.7, "nll_calibrated": 0.6}}
+
+
+def subject(seed: int = 0, run: str = "run", view: str = "ledger") -> Subject:
+    random = np.random.default_rng(seed)
+    confusion = random.integers(0, 30, (4, 3, 3)) + 20 * np.eye(3, dtype=np.int64)
+    confusion[1, 2] = [3, 0, 0]  # a cell too small to be named the worst
+    n = confusion.sum(2)
+    confidence = np.zeros((4, 3, BINS, 3), np.int64)
+    confidence[:, :, 48, 0], confidence[:, :, 48, 1] = n, np.diagonal(confusion, axis1=1, axis2=2)
+    confidence[:, :, 48, 2] = (n * 0.81 * SCALE).astype(np.int64)
+    scores = np.zeros((4, 3, 2, 2), np.int64)
+    scores[..., 0] = (n[..., None] * 0.5 * SCALE).astype(np.int64)
+    scores[..., 1] = (n[..., None] * 0.5 * SCALE).astype(np.int64)
+    prior = np.array([0.7, 0.2, 0.1])
+    ledger = Decision().ledger(CLASSES, prior, prior, prior)
+    values = {"venue": ("home", HOSTILE), "camera": ("phone", "slr")}
+    return Subject(run, "test", view, Tally(confusion, confidence, scores), ledger, values)
+
+
+class Elements(HTMLParser):
+    """All tags and attributes of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("report") / "report.html"
+    runs = [
+        EvaluatedRun(name, FACTS, subject().ledger, [subject(run=name, view=v) for v in ("argmax", "ledger")])
+        for name in ("natural", HOSTILE)
+    ]
+    write(runs, out)
+    json.loads(out.with_suffix(".json").read_text())
+    return out.read_text()
+
+
+def test_a_hostile_name_runs_nothing_and_loads_nothing(page):
+    elements = Elements(page).found
+    scripts = [attributes for tag, attributes in elements if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "data"}]
+    assert not [tag for tag, _ in elements if tag in {"img", "iframe", "link", "object", "form", "a"}]
+    assert not [name for _, attributes in elements for name in attributes if name.startswith("on") or name == "style"]
+    policy = next(a["content"] for t, a in elements if t == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in str(policy)
+    assert "unsafe" not in str(policy)
+    assert "&lt;/script&gt;" in page
+
+
+def test_the_json_behind_the_page_is_whole(page):
+    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert text
+    tree = json.loads(text[1])
+    assert tree[1]["run"] == HOSTILE
+    assert tree[0]["evaluations"][0]["confusion"] == subject().tally.confusion.tolist()
+    recall = {row["name"]: row["recall"] for row in tree[0]["evaluations"][0]["by_class"]}
+    assert recall["food"][3] == subject().tally.confusion[:, 0].sum()
+
+
+def test_the_worst_comes_first_and_small_cells_are_never_the_worst():
+    s = subject()
+    cells = s.cells()
+    large = [cell for _, _, cell in cells if cell.n >= LEAST_N]
+    assert [c.value for c in large] == sorted(c.value for c in large)
+    assert cells[-1][2].n < LEAST_N
+    worst = s.worst_cell()
+    assert worst
+    assert worst[2].n >= LEAST_N
+    for table in (s.class_table(), *s.group_tables()):
+        place = 0 if table.title == "By class" else 1
+        values = [line.cells[place].value for line in table.lines]
+        assert values == sorted(values)
+
+
+def test_the_cost_is_that_of_the_decisions_where_classes_occur_as_in_use():
+    s = subject()
+    confusion = s.tally.confusion.sum(0)
+    rows = confusion / confusion.sum(1, keepdims=True)
+    expected = sum(s.ledger.deployment_prior[y] * rows[y] @ s.ledger.costs[y] for y in range(3))
+    assert s.cost() == pytest.approx(expected)
+
+
+def test_the_gain_of_the_worst_class_has_an_interval_around_it():
+    old, new = subject(0), subject(3)
+    low, high = recall_gain(old, new)
+    assert low < new.worst_class()[1].value - old.worst_class()[1].value < high
+    low, high = recall_gain(old, old)
+    assert low < 0 < high
+
+
+def test_the_summary_has_a_column_for_each_subject_and_a_line_for_each_class():
+    text = summary([subject(run="a"), subject(run="b")])
+    assert [line.split("  ")[0] for line in text.splitlines()][:4] == ["run", "split", "decision", "recall of food"]
+    assert "a" in text.splitlines()[0]
+    assert text.count("\n") == 10
+
+
+def test_figures_say_what_they_show_in_words_too():
+    s = subject()
+    drawn = str(confusion(s.tally, CLASSES, "Confusion of it")) + str(reliability(s.tally, "Reliability of it"))
+    assert 'aria-label="Confusion of it"' in drawn
+    assert "food called drink" in drawn
+    assert HOSTILE not in drawn
+
+
+def test_a_run_that_is_damaged_or_not_evaluated_is_refused(tmp_path: Path):
+    with pytest.raises(Refusal, match="holds nothing"):
+        read_run(tmp_path)
+    with durable.publishing(tmp_path / "evaluation" / "test") as aside:
+        (aside / "facts.json").write_text("{}")
+    (tmp_path / "evaluation" / "test" / "facts.json").write_text("[]")
+    with pytest.raises(Refusal, match=r"facts\.json is not as it was written"):
+        read_run(tmp_path)
