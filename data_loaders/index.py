@@ -130,6 +130,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(f"is {manifest['format']} {manifest['version']}, not {FORMAT} {VERSION}")
         if manifest["fingerprint"] != fingerprint(manifest):
             raise ValueError("is not as it was written")
+        for name in (manifest["index"]["name"], *(shard["name"] for shard in manifest["shards"])):
+            if name != Path(name).name or not name.endswith(".arrow"):
+                raise ValueError(f"{name!r} is not the name of an Arrow file")
     except FileNotFoundError:
         fault = Fault(str(path), "does not exist", "make a data set with python -m jobs.ingest")
         raise Refusal("There is no data set:", [fault], 65) from None

@@ -31,6 +31,15 @@ class Settings(BaseModel):
     )
 
 
+class _Dumper(yaml.SafeDumper):
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Quotes that escape the one character which YAML would otherwise read back as a line break."""
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\x85" in data else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
 class Change(NamedTuple):
     path: tuple[str, ...]
     value: Any
@@ -68,7 +77,8 @@ def override(settings: S, changes: dict[str, Any]) -> S:
 
 def dump(settings: Settings) -> str:
     """YAML that `parse` reads back to equal settings."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    tree = settings.model_dump(mode="json")
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def digest(settings: Settings) -> str:
@@ -181,9 +191,8 @@ def _put(node: Tree, choices: list[type[Settings]], path: tuple[str, ...], chang
         else:
             for part, value in sorted(change.value.items(), key=lambda item: item[0] != "kind"):
                 _put(child, inner, (part,), Change((*change.path, part), value, change.where), faults)
-    elif rest and _is_mapping(fields[name].annotation):
-        child = node[name] = dict(node.get(name) or {})
-        child[".".join(rest)] = change.value
+    elif rest and (depth := _mapping_depth(fields[name].annotation)):
+        _put_inside(node, name, rest, depth, change.value)
     elif rest:
         faults.append(Fault(change.where, f"{name!r} is a single value and has no part {'.'.join(rest)!r}"))
     else:
@@ -196,13 +205,27 @@ def _member(annotation: Any, value: Any) -> Any:
     return members.get(value, value) if isinstance(value, str) else value
 
 
+def _put_inside(node: Tree, name: str, rest: list[str], depth: int, value: Any) -> None:
+    """Sets a value in mappings within mappings, `depth` of them, whose names are free and may hold dots in the last."""
+    if not rest:
+        node[name] = value
+        return
+    former = node.get(name)
+    child = node[name] = dict(former) if isinstance(former, dict) else {}
+    inner, *rest = rest if depth > 1 else [".".join(rest)]
+    _put_inside(child, inner, rest, depth - 1, value)
+
+
 def _new(choices: list[type[Settings]]) -> Tree:
     tag = kind_of(choices[0])
     return {} if tag is None else {"kind": tag}
 
 
-def _is_mapping(annotation: Any) -> bool:
-    return any(get_origin(part) is dict for part in (annotation, *get_args(annotation)))
+def _mapping_depth(annotation: Any) -> int:
+    """How many names lead to a value: 1 in dict[str, float], 2 in dict[str, dict[str, float]], 0 elsewhere."""
+    if get_origin(annotation) is dict:
+        return 1 + _mapping_depth(get_args(annotation)[1])
+    return max(map(_mapping_depth, get_args(annotation)), default=0) if get_origin(annotation) is not tuple else 0
 
 
 def _nearest(name: str, known: Iterable[str | None]) -> str:
@@ -255,6 +278,9 @@ def _from_text(text: str, name: str, faults: list[Fault], path: tuple[str, ...])
         return []
     if path:
         return [Change(path, None if node is None else _value(node), name)]
+    if node is not None and not isinstance(node, yaml.MappingNode):
+        faults.append(Fault(f"{name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}", "is not name: value"))
+        return []
     return list(_leaves(node, name, ())) if node else []
 
 

@@ -15,7 +15,11 @@ def test_rays_own_validator_accepts_the_cluster_file():
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
-    [({"max_worker": 1}, "max_worker"), ({"head_node_type": "hed"}, "head_node_type"), ({"max_workers": "many"}, "many")],
+    [
+        ({"max_worker": 1}, "max_worker"),
+        ({"head_node_type": "hed"}, "head_node_type"),
+        ({"max_workers": "many"}, "many"),
+    ],
 )
 def test_the_validator_would_have_complained(change, complaint):
     from ray.autoscaler._private.util import prepare_config, validate_config

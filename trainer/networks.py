@@ -55,7 +55,7 @@ def from_torchvision(name: str, classes: int, dropout: float) -> nn.Module:
 def initialise(network: nn.Module, scheme: str) -> None:
     """Draws the weights of convolutions and linear layers: Glorot & Bengio 2010 (xavier) or He et al. 2015 (he).
 
-    Biases become 0; norms keep their 1 and 0. He's fan is that of the output, as ReLU networks are usually drawn.
+    Biases become 0; norms keep their 1 and 0. He's fan is that of the input, so a head of few classes starts small.
     """
     for module in network.modules():
         if not isinstance(module, nn.Conv2d | nn.Linear):
@@ -66,9 +66,9 @@ def initialise(network: nn.Module, scheme: str) -> None:
             case "xavier_normal":
                 nn.init.xavier_normal_(module.weight)
             case "he_uniform":
-                nn.init.kaiming_uniform_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu")
             case "he_normal":
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
             case _:
                 raise ValueError(f"no initialisation {scheme!r}")
         if module.bias is not None:

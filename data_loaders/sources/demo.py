@@ -101,11 +101,13 @@ class Demo(Settings):
         _prepare(self.folder, settings)
         plan = plan_rows(self)
         progress = Progress("draw", self.rows, "images")
-        for number, rows in enumerate(batches(plan), 1):
+        drawn = 0
+        for rows in batches(plan):
             pixels, _ = render(plan.take(rows), self.size, [_rng(self.seed, 2 + row) for row in rows])
             for row, image in zip(rows, pixels, strict=True):
                 Image.fromarray(image).save(self.folder / plan.path(row), quality=int(plan.quality[row]))
-            progress.show(min(number * BATCH, self.rows))
+            drawn += len(rows)
+            progress.show(drawn)
         _write_csv(labels, plan, _rng(self.seed, 1))
         return labels
 

@@ -4,8 +4,12 @@ import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
 from PIL import Image
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("unhurried")
 
 List = Callable[..., Path]
 CLASSES = ("cat", "dog")

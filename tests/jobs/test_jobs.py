@@ -22,7 +22,8 @@ CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 
 
 def call(job: str, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", f"jobs.{job}", *words], check=False, capture_output=True, text=True, cwd=ROOT)
+    line = [sys.executable, "-m", f"jobs.{job}", *words]
+    return subprocess.run(line, check=False, capture_output=True, text=True, cwd=ROOT)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, job: str, *words: object) -> None:

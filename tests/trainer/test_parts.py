@@ -50,7 +50,7 @@ def test_initialisation_has_the_spread_of_its_source(scheme):
     model = SmallCnn(widths=(64, 128), initialisation=scheme).build(10, 0)
     convolution = next(m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 64)
     fan_in, fan_out = 64 * 9, 128 * 9
-    variance = 2 / (fan_in + fan_out) if scheme.startswith("xavier") else 2 / fan_out
+    variance = 2 / (fan_in + fan_out) if scheme.startswith("xavier") else 2 / fan_in
     assert convolution.weight.var().item() == pytest.approx(variance, rel=0.03)
     bound = convolution.weight.abs().max().item()
     assert (bound <= (3 * variance) ** 0.5) == scheme.endswith("uniform")
