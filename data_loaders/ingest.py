@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -239,10 +238,3 @@ def _counted(rejected: list[Rejected], group_names: tuple[str, ...]) -> dict[str
     }
     by_class = dict(Counter(r.row.label or "(none)" for r in rejected))
     return {"rows": len(rejected), "by_class": by_class, "by_group": by_group}
-
-
-def clear(out: Path) -> None:
-    """Removes a data set that `ingest` made; refuses any other folder that is not empty."""
-    if out.exists() and any(out.iterdir()) and not (out / "dataset.json").exists():
-        raise Refusal("Nothing was removed:", [Fault(str(out), "is not a data set of ours")], 73)
-    shutil.rmtree(out, ignore_errors=True)

@@ -5,7 +5,7 @@ the number of threads nor of workers changes it. Threads suffice: reading, decod
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain, islice
@@ -22,6 +22,7 @@ from data_loaders.faults import Fault
 from data_loaders.index import Index, Ints, Reader
 from data_loaders.sampler import AnySampler, Sampler, Stratified
 from data_loaders.settings import Settings
+from data_loaders.shards import read_file
 from data_loaders.sources.rows import Rejected, Row
 from data_loaders.splits import TRAIN
 
@@ -71,7 +72,7 @@ def share(batch: int, rank: int, workers: int) -> tuple[int, int]:
 
 def training_batches(
     index: Index, data: Data, sampler: Sampler, seed: int, steps: range, rank: int = 0, workers: int = 1
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """A rank's part of the batch of every step."""
     start, stop = share(data.batch, rank, workers)
     positions = (step * data.batch + np.arange(start, stop) for step in steps)
@@ -82,7 +83,7 @@ def training_batches(
     return _batches(index, data, ((sampler.rows(p), p, stop - start) for p in positions), load)
 
 
-def exact_batches(index: Index, data: Data, rows: Ints, rank: int = 0, workers: int = 1) -> Iterator[Batch]:
+def exact_batches(index: Index, data: Data, rows: Ints, rank: int = 0, workers: int = 1) -> Generator[Batch]:
     """A rank's part of one pass over rows, each exactly once over all ranks.
 
     The cut into batches is the same for any number of workers, and a batch is never divided: so every image meets the
@@ -102,7 +103,7 @@ def _batches(
     data: Data,
     plan: Iterator[tuple[Ints, Ints, int]],
     load: Callable[[Callable[[int], bytes], int, int], Pixels],
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """For each (rows, key of each row, places to fill), the batch; `load` makes an image of a reader, row and key."""
     cells = index.cells
     with closing(Reader(index)) as reader, ThreadPoolExecutor(data.threads, "loader") as pool:
@@ -137,7 +138,7 @@ def file_batches(rows: list[Row], data: Data) -> Iterator[tuple[NDArray[np.uint8
 
     def load(row: Row) -> Pixels | Rejected:
         try:
-            return centred(decode(Path(row.file).read_bytes()), data.size)
+            return centred(decode(read_file(Path(row.file))), data.size)
         except (OSError, Undecodable) as wrong:
             return Rejected(row, Fault(row.where, f"{row.path!r}: {wrong}", "repair or remove the image"))
 

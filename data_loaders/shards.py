@@ -60,7 +60,7 @@ def write_shard(task: Task) -> Shard:
     rejected: list[Rejected] = []
     for row in task.rows:
         try:
-            content = _read(Path(row.file))
+            content = read_file(Path(row.file))
             decode(content, task.pixel_cap)
         except (OSError, Undecodable) as wrong:
             reason = os.strerror(wrong.errno).lower() if isinstance(wrong, OSError) and wrong.errno else str(wrong)
@@ -77,7 +77,8 @@ def write_shard(task: Task) -> Shard:
     return Shard(name, size, sha256, rows, offset, length, np.array(sums, np.int64), rejected)
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file, of a regular one of a sane size: a pipe or a device could be read for ever."""
     info = path.stat()
     if not stat.S_ISREG(info.st_mode):
         raise Undecodable("is not a regular file")

@@ -4,15 +4,18 @@ The first model learns from rows as they come and decides by a bare argmax. The 
 and its ledger brings the probabilities back to the natural prior, calibrates them and decides by cost.
 """
 
+import shutil
 import time
 from pathlib import Path
 
+from data_loaders.faults import Fault, Refusal
 from data_loaders.settings import Settings, override, parse
 from jobs.command import command
 
 EXAMPLE = "python -m jobs.demo folder=build/demo"
 CONFIGS = Path(__file__).parent / "configs"
 SHOWN = "jobs/configs"
+PARTS = {"images", "data", "runs", "report.html", "report.json"}
 
 
 class Demo(Settings):
@@ -24,14 +27,13 @@ class Demo(Settings):
 
 def run(settings: Demo) -> None:
     began = time.monotonic()
-    from data_loaders.ingest import Ingest, clear
+    from data_loaders.ingest import Ingest
     from jobs import evaluate, ingest, report
     from trainer.config import Config
     from trainer.launch import cluster, train
 
     root, data = settings.folder, settings.folder / "data"
-    clear(root)
-    root.mkdir(parents=True)
+    _clear(root)
     _say(f"python -m jobs.ingest {SHOWN}/demo_data.yaml")
     words = [str(CONFIGS / "demo_data.yaml"), f"source.folder={root / 'images'}", f"out={data}"]
     ingest.run(parse(Ingest, words))
@@ -52,6 +54,18 @@ def run(settings: Demo) -> None:
     report.run(report.Report(runs=runs, out=page))
     _compare(*runs)
     print(f"\ndone in {time.monotonic() - began:.0f} s; open {page}")
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a former demonstration left; refuses a folder that holds anything else."""
+    strangers = [path for path in folder.glob("*") if path.name not in PARTS]
+    if strangers:
+        fix = "give another folder=…"
+        raise Refusal(
+            "Nothing was removed:", [Fault(str(path), "is not of a demonstration", fix) for path in strangers], 73
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _compare(natural: Path, balanced: Path) -> None:

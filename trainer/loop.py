@@ -49,6 +49,7 @@ def fit(config: Config, context: Context) -> None:
     _say(context, *(f"skipped {line}" for line in skipped), *([f"going on from step {first:,}"] if first else []))
     parallel = DistributedDataParallel(model) if context.workers > 1 else model
     since = torch.zeros_like(seen)  # this worker's samples since the last report
+    diverged = torch.zeros(1, dtype=torch.int64, device=context.device)  # steps whose loss was no number
     pace = Pace()
 
     batches = training_batches(
@@ -71,7 +72,9 @@ def fit(config: Config, context: Context) -> None:
 
         with torch.no_grad():
             since += count(logits.log_softmax(1), logits.argmax(1), labels, cells, valid, shape)
+            diverged += ~loss.isfinite()
         if (step + 1) % config.train.report_every == 0 or step + 1 == steps:
+            _refuse_if_diverged(int(context.sum(diverged)), step + 1)
             seen += context.sum(since)
             since.zero_()
             row = {"step": step + 1, "steps": steps, "lr": config.optimizer.rate(step, steps)}
@@ -95,6 +98,14 @@ def first_ledger(config: Config, index: Index, drawn: np.ndarray) -> Ledger:
     natural = np.bincount(index.labels[index.rows_of(config.data.train)], minlength=len(index.classes))
     training = drawn / drawn.sum()
     return config.decision.ledger(index.classes, natural / natural.sum(), training, config.loss.logit_prior(training))
+
+
+def _refuse_if_diverged(losses: int, step: int) -> None:
+    """Called before a checkpoint, so that none is ever saved of weights that are no numbers."""
+    if losses:
+        fix = "lower it, or lengthen optimizer.warmup; the checkpoints before are whole"
+        fault = Fault("optimizer.lr", f"{losses:,} losses before step {step:,} are not finite numbers", fix)
+        raise Refusal("Training diverged:", [fault], 65)
 
 
 def _validate(config: Config, index: Index, model: nn.Module, ledger: Ledger, context: Context, shape: Shape) -> str:

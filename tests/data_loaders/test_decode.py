@@ -2,6 +2,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -19,17 +20,17 @@ UNTURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     3: lambda upright: upright[::-1, ::-1],
     4: lambda upright: upright[::-1],
     5: lambda upright: upright.transpose(1, 0, 2),
-    6: lambda upright: np.rot90(upright),
+    6: np.rot90,
     7: lambda upright: np.rot90(upright, 2).transpose(1, 0, 2),
     8: lambda upright: np.rot90(upright, -1),
 }
 """EXIF orientation -> how a camera stores an upright picture under it."""
 
 
-def encoded(pixels: np.ndarray | Image.Image, format: str, **options) -> bytes:
+def encoded(pixels: np.ndarray | Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
-    image.save(file, format, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -49,9 +50,9 @@ def png(width: int, height: int, data: bytes = b"", bits: int = 8, colour: int =
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("format", ["PNG", "WEBP"])
-def test_a_lossless_image_comes_back_as_it_was(format):
-    found = decode(encoded(PIXELS, format, lossless=True))
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_a_lossless_image_comes_back_as_it_was(kind):
+    found = decode(encoded(PIXELS, kind, lossless=True))
     assert (found.dtype, found.shape) == (np.uint8, (12, 20, 3))
     np.testing.assert_array_equal(found, PIXELS)
 
@@ -62,13 +63,13 @@ def test_a_jpeg_comes_back_nearly_as_it_was():
 
 
 @pytest.mark.parametrize("orientation", UNTURNED)
-@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
-def test_every_exif_orientation_comes_out_upright(orientation, format):
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_every_exif_orientation_comes_out_upright(orientation, kind):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     blocks = np.kron([[0, 255], [90, 170]], np.ones((16, 32))).astype(np.uint8)
     upright = np.stack([blocks, blocks, blocks], 2)
-    content = encoded(UNTURNED[orientation](upright), format, exif=exif, lossless=True, quality=100, subsampling=0)
+    content = encoded(UNTURNED[orientation](upright), kind, exif=exif, lossless=True, quality=100, subsampling=0)
     found = decode(content)
     assert found.shape == upright.shape
     assert np.abs(found.astype(int) - upright).max() <= 3
@@ -82,10 +83,10 @@ def test_an_orientation_that_means_nothing_changes_nothing(entry):
     np.testing.assert_array_equal(decode(encoded(PIXELS, "PNG", exif=tags((ORIENTATION, *entry)))), PIXELS)
 
 
-@pytest.mark.parametrize("format", ["PNG", "WEBP"])
-def test_an_odd_tag_beside_the_orientation_does_not_cost_the_picture(format):
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_odd_tag_beside_the_orientation_does_not_cost_the_picture(kind):
     orientation, odd = (ORIENTATION, 3, 1, b"\6"), (ExifTags.Base.XResolution, 2, 4, b"odd")
-    content = encoded(UNTURNED[6](PIXELS), format, exif=tags(orientation, odd), lossless=True)
+    content = encoded(UNTURNED[6](PIXELS), kind, exif=tags(orientation, odd), lossless=True)
     np.testing.assert_array_equal(decode(content), PIXELS)
     with Image.open(io.BytesIO(content)) as image, pytest.raises(TypeError):
         ImageOps.exif_transpose(image)  # the day that this passes, decode may use it
@@ -98,7 +99,7 @@ def test_what_is_transparent_is_laid_over_white():
     over_white = [[10, 20, 30], [255, 255, 255], [132, 137, 142]]
     for content in (encoded(rgba, "PNG"), encoded(rgba, "WEBP", lossless=True, exact=True)):
         np.testing.assert_allclose(decode(content)[0], over_white, atol=1)
-    grey = Image.fromarray(np.uint8([[[40, 255], [40, 0]]]), "LA")
+    grey = Image.fromarray(np.array([[[40, 255], [40, 0]]], np.uint8), "LA")
     assert decode(encoded(grey, "PNG"))[0].tolist() == [[40] * 3, [255] * 3]
 
 
@@ -112,7 +113,7 @@ def test_a_palette_with_and_without_transparency_is_read():
 
 
 def test_sixteen_bits_of_grey_are_scaled_and_not_clipped():
-    image = Image.fromarray(np.uint16([[0, 256, 32768, 65535]]))
+    image = Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16))
     assert decode(encoded(image, "PNG"))[0, :, 0].tolist() == [0, 1, 128, 255]
     exif = Image.Exif()
     exif[ORIENTATION] = 3
@@ -120,11 +121,11 @@ def test_sixteen_bits_of_grey_are_scaled_and_not_clipped():
 
 
 def test_one_bit_and_eight_bits_of_grey_become_three_equal_channels():
-    assert decode(encoded(Image.fromarray(np.uint8([[0, 255]])).convert("1"), "PNG"))[0].tolist() == [
+    assert decode(encoded(Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"), "PNG"))[0].tolist() == [
         [0] * 3,
         [255] * 3,
     ]
-    assert decode(encoded(Image.fromarray(np.uint8([[0, 77]])), "PNG"))[0].tolist() == [[0] * 3, [77] * 3]
+    assert decode(encoded(Image.fromarray(np.array([[0, 77]], np.uint8)), "PNG"))[0].tolist() == [[0] * 3, [77] * 3]
 
 
 def test_cmyk_becomes_the_colours_that_it_prints():
@@ -140,18 +141,18 @@ def test_the_second_picture_behind_a_phones_jpeg_does_not_matter():
     assert np.abs(decode(content).astype(int) - 50).max() <= 1
 
 
-@pytest.mark.parametrize("format", ["PNG", "WEBP"])
-def test_an_animation_is_refused(format):
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_animation_is_refused(kind):
     assert features.check("webp")
     first, second = Image.fromarray(PIXELS), Image.fromarray(255 - PIXELS)
     with pytest.raises(Undecodable, match="is animated"):
-        decode(encoded(first, format, save_all=True, append_images=[second]))
+        decode(encoded(first, kind, save_all=True, append_images=[second]))
 
 
-@pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF", "ICO", "PPM", "PDF", "JPEG2000", "TGA"])
-def test_other_formats_are_refused_whatever_their_name(format):
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "ICO", "PPM", "PDF", "JPEG2000", "TGA"])
+def test_other_formats_are_refused_whatever_their_name(kind):
     with pytest.raises(Undecodable, match="is not a JPEG, PNG, WEBP image"):
-        decode(encoded(PIXELS, format))
+        decode(encoded(PIXELS, kind))
 
 
 @pytest.mark.parametrize("content", [b"", b"\0", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", b"<svg/>"])
@@ -160,10 +161,10 @@ def test_what_is_no_image_is_refused(content):
         decode(content)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_an_image_that_is_cut_short_is_refused(format, share):
-    content = encoded(np.kron(PIXELS, np.ones((8, 8, 1), np.uint8)), format)
+def test_an_image_that_is_cut_short_is_refused(kind, share):
+    content = encoded(np.kron(PIXELS, np.ones((8, 8, 1), np.uint8)), kind)
     with pytest.raises(Undecodable):
         decode(content[: int(len(content) * share)])
 
@@ -190,10 +191,10 @@ def test_sizes_that_cannot_be_are_refused(size):
         decode(png(*size))
 
 
-def exif_seed(format: str) -> bytes:
+def exif_seed(kind: str) -> bytes:
     exif = Image.Exif()
     exif[ORIENTATION], exif[ExifTags.Base.Make], exif[ExifTags.Base.XResolution] = 6, "maker", 72.0
-    return encoded(PIXELS, format, exif=exif)
+    return encoded(PIXELS, kind, exif=exif)
 
 
 SEEDS = [exif_seed("JPEG"), exif_seed("PNG"), exif_seed("WEBP"), encoded(Image.fromarray(PIXELS).convert("P"), "PNG")]
@@ -204,11 +205,9 @@ SEEDS = [exif_seed("JPEG"), exif_seed("PNG"), exif_seed("WEBP"), encoded(Image.f
 def test_hostile_bytes_are_an_image_or_undecodable_and_never_a_crash(content, edits):
     for at, new in edits:
         content = content[:at] + new + content[at + len(new) :]
-    try:
+    found = PIXELS
+    with suppress(Undecodable):
         found = decode(content, pixel_cap=10_000)
-    except Undecodable as wrong:
-        assert str(wrong)
-    else:
-        assert found.dtype == np.uint8
-        assert found.ndim == found.shape[2] == 3
-        assert 0 < found.shape[0] * found.shape[1] <= 10_000
+    assert found.dtype == np.uint8
+    assert found.ndim == found.shape[2] == 3
+    assert 0 < found.shape[0] * found.shape[1] <= 10_000

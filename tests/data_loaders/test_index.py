@@ -146,7 +146,7 @@ def test_a_damaged_index_is_refused(copy: Path, share):
     content = bytearray(path.read_bytes())
     content[int(share * len(content))] ^= 1
     path.write_bytes(content)
-    with pytest.raises(Refusal, match="index.arrow: is not as it was written"):
+    with pytest.raises(Refusal, match=r"index.arrow: is not as it was written"):
         open_index(copy)
     os.truncate(path, int(share * len(content)))
     with pytest.raises(Refusal, match="is damaged"):

@@ -17,7 +17,8 @@ from PIL import Image
 from data_loaders.decode import PIXEL_CAP
 from data_loaders.faults import Refusal
 from data_loaders.index import Reader, open_index
-from data_loaders.ingest import Ingest, clear, in_processes, ingest
+from data_loaders.ingest import Ingest, in_processes, ingest
+from data_loaders.loader import Data, file_batches
 from data_loaders.settings import override
 from data_loaders.shards import Shard, Task
 from data_loaders.sources.csv_file import Csv
@@ -207,6 +208,15 @@ def test_every_bad_row_is_listed_in_one_pass_and_nothing_else_is_written(setting
     assert remains(settings.out) == {"rejected.csv"}
 
 
+def test_a_pipe_among_the_files_to_predict_is_told_and_read_by_nobody(tmp_path: Path, shoot: Shoot):
+    shoot("images/a.png")
+    os.mkfifo(tmp_path / "images/pipe.png")
+    rows = Folder(path=tmp_path / "images").listing(labelled=False).rows
+    ((images, good, bad),) = file_batches(rows, Data(path=tmp_path, size=4))
+    assert (images.shape, [row.path for row in good]) == ((1, 3, 4, 4), ["a.png"])
+    assert [fault.what for _, fault in bad] == ["'pipe.png': is not a regular file"]
+
+
 def test_bad_rows_under_the_ceiling_are_dropped_and_counted_by_class_and_group(settings: Ingest, photos: Path):
     spoil(photos, {4: "images/02.png,,street,p0", 7: "images/gone.png,dog,home,p0", 8: "images/06.png,cat,,p0"})
     (photos.parent / "images/39.png").write_bytes(b"broken")
@@ -363,16 +373,6 @@ def test_what_a_killed_run_left_is_swept_away_by_the_next(settings: Ingest):
     manifest = made(settings)
     assert {path.name for path in left.iterdir()} == {shard["name"] for shard in manifest["shards"]}
     assert len(open_index(settings.out).labels) == 40
-
-
-def test_clear_removes_a_data_set_and_nothing_that_is_not_one(settings: Ingest, tmp_path: Path):
-    made(settings)
-    clear(settings.out)
-    assert not settings.out.exists()
-    clear(settings.out)
-    with pytest.raises(Refusal, match="is not a data set of ours"):
-        clear(tmp_path)
-    assert (tmp_path / "labels.csv").exists()
 
 
 def test_group_columns_may_be_called_anything_that_the_shards_do_not_use(tmp_path: Path, photos: Path):

@@ -62,7 +62,7 @@ def test_given_splits_are_kept_and_nothing_is_drawn_for_them(splits, given_split
     rows = [row._replace(split=split) for row, split in zip(rows_of([30, 30]), given_splits, strict=False)]
     drawn = splits.draw(rows)
     for row, now in zip(rows, drawn, strict=True):
-        assert now.split == row.split or row.split == ""
+        assert row.split in {now.split, ""}
         assert now.split
     fresh = Counter(now.split for row, now in zip(rows, drawn, strict=True) if not row.split)
     assert "test" not in fresh or "test" not in given_splits

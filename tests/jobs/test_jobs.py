@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from data_loaders.faults import Refusal
 from data_loaders.ingest import Ingest
 from data_loaders.settings import Settings, describe, dump, parse, parse_text
 from trainer.config import Config
@@ -43,7 +44,7 @@ def test_help_says_what_a_job_does_with_an_example_and_waits_for_neither_torch_n
     assert done.returncode == 0, done.stderr
     assert f"python -m jobs.{job} " in done.stdout
     assert "Exit codes: 0 done" in done.stdout
-    assert done.stdout.startswith(importlib.import_module(f"jobs.{job}").__doc__.strip()[:30])
+    assert done.stdout.startswith(str(importlib.import_module(f"jobs.{job}").__doc__).strip()[:30])
 
 
 @pytest.mark.parametrize("kind", [Config, Ingest])
@@ -164,3 +165,16 @@ def test_ingest_on_ray_makes_the_same_data_set_as_in_processes(tmp_path, monkeyp
     manifests = [json.loads((tmp_path / name / "dataset.json").read_text()) for name in ("ray", "here")]
     assert manifests[0]["fingerprint"] == manifests[1]["fingerprint"]
     assert len(manifests[0]["shards"]) > 4
+
+
+def test_a_demonstration_removes_its_own_leavings_and_nothing_else(tmp_path):
+    from jobs.demo import _clear
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "report.html").write_text("old")
+    _clear(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(Refusal, match="is not of a demonstration"):
+        _clear(tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "mine"

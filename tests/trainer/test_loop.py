@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -141,12 +142,11 @@ def _frozen_norms(rank: int, text: str, out: str, workers: int) -> None:
     """One step of plain descent with a learning rate of 1, so that the change of the weights is the gradient."""
     from torch import nn
 
-    usual = nn.BatchNorm2d.forward
-    nn.BatchNorm2d.forward = lambda self, x: x * self.weight[:, None, None] + self.bias[:, None, None]
-    try:
+    def scale_and_shift(self: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+    with mock.patch.object(nn.BatchNorm2d, "forward", scale_and_shift):
         fit(parse_text(Config, text), Local(Path(out), CPU, rank, workers))
-    finally:
-        nn.BatchNorm2d.forward = usual
 
 
 def test_what_a_run_leaves_is_whole_and_says_what_it_was_made_of(dataset, tmp_path):
@@ -191,6 +191,13 @@ def test_settings_that_do_not_fit_the_data_are_refused_before_anything_is_writte
     with pytest.raises(Refusal, match=said):
         run.train(config_for(dataset, tmp_path, **changes))
     assert not list(tmp_path.rglob("*.yaml"))
+
+
+def test_a_run_that_diverges_is_refused_before_its_weights_are_saved(dataset, tmp_path):
+    config = config_for(dataset, tmp_path, optimizer={"kind": "sgd", "lr": 1e30, "warmup": 0})
+    with pytest.raises(Refusal, match="not finite numbers — lower it"):
+        train(config)
+    assert not (config.run_folder / "checkpoints").exists()
 
 
 def test_golden_reports(dataset, tmp_path):

@@ -14,8 +14,10 @@ def records(path: Path) -> Iterator[Any]:
     """Every record of the file, in order."""
     from wandb.proto import wandb_internal_pb2
 
+    kind: Any = wandb_internal_pb2
+
     for payload in _payloads(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
+        record = kind.Record()
         record.ParseFromString(payload)
         yield record
 

@@ -119,7 +119,8 @@ def count(
     one = valid.long()
     nll = -log_p.gather(1, labels[:, None])[:, 0]
     brier = p.square().sum(1) - 2 * p.gather(1, labels[:, None])[:, 0] + 1
-    score = torch.stack([nll, brier], 1).clamp(max=SCORE_CAP)
+    score = torch.stack([nll, brier], 1).nan_to_num(SCORE_CAP).clamp(max=SCORE_CAP)
+    top = top.nan_to_num(0.0)  # a model that has diverged must not end in an index out of range
     bins = (top * BINS).long().clamp(max=BINS - 1)
 
     out = torch.zeros(shape.size, dtype=torch.int64, device=log_p.device)
