@@ -134,7 +134,7 @@ def test_the_whole_way_on_a_few_drawn_images(tmp_path, monkeypatch, capsys):
         "source.kind=csv",
         "source.path=new.csv",
         "device=cpu",
-        "out=c.parquet",
+        "out=c.csv",
     )
     again = pyarrow.csv.read_csv("c.csv").to_pydict()
     assert again["p.food"][0] == pytest.approx(found["p.food"][1], abs=1e-5)
