@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,41 +19,55 @@ from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
 from data_loaders.settings import dump, parse
 from trainer.config import Config
+from trainer.context import Row
 from trainer.decision.ledger import Ledger
 from trainer.networks import Classifier
 
 
-def save(run: Path, step: int, identity: str, model: nn.Module, optimizer: Optimizer, seen: Tensor, keep: int) -> Path:
-    """Publishes the state after `step` steps, then removes all but the newest `keep`; the path of the checkpoint."""
-    folder = run / "checkpoints" / f"step-{step:09d}"
-    tensors, state = _split(optimizer)
+class State(NamedTuple):
+    """What a run goes on with, beside its weights."""
+
+    step: int
+    """Steps that are done."""
+    identity: str
+    """Hash of the settings that decide the weights."""
+    report: Row
+    """What was to be reported of this step: a run that died in between reports it when it goes on."""
+
+
+def save(run: Path, state: State, model: nn.Module, optimizer: Optimizer, seen: Tensor, keep: int) -> Path:
+    """Publishes a checkpoint, then removes all but the newest `keep`; its path."""
+    folder = run / "checkpoints" / f"step-{state.step:09d}"
+    tensors, plain = _split(optimizer)
     with durable.publishing(folder) as aside:
         save_file(_on_cpu(model.state_dict()), aside / "model.safetensors")
         save_file(_on_cpu(tensors), aside / "optimizer.safetensors")
         save_file(_on_cpu({"seen": seen}), aside / "tally.safetensors")
-        durable.write_json(aside / "state.json", {"step": step, "identity": identity, "optimizer": state})
+        durable.write_json(aside / "state.json", {**state._asdict(), "optimizer": plain})
     for old in _steps(run)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
-def restore(run: Path, identity: str, model: nn.Module, optimizer: Optimizer, seen: Tensor) -> tuple[int, list[str]]:
-    """Loads the newest checkpoint that verifies: the steps it has done (0 without one), what was skipped and why."""
+def restore(
+    run: Path, identity: str, model: nn.Module, optimizer: Optimizer, seen: Tensor
+) -> tuple[State | None, list[str]]:
+    """Loads the newest checkpoint that verifies, if there is one: its state, and which were skipped and why."""
     skipped: list[str] = []
     for folder in _steps(run):
         wrong = durable.damage(folder)
         if wrong:
             skipped.append(f"{folder}: {wrong}")
             continue
-        state = json.loads((folder / "state.json").read_bytes())
-        if state["identity"] != identity:
+        tree = json.loads((folder / "state.json").read_bytes())
+        if tree["identity"] != identity:
             fix = "give another name=…, or remove the folder to start anew"
             raise Refusal("This run was started with other settings:", [Fault(str(run), "holds its checkpoints", fix)])
         model.load_state_dict(load_file(folder / "model.safetensors"))
-        optimizer.load_state_dict(_join(load_file(folder / "optimizer.safetensors"), state["optimizer"]))
+        optimizer.load_state_dict(_join(load_file(folder / "optimizer.safetensors"), tree["optimizer"]))
         seen.copy_(load_file(folder / "tally.safetensors")["seen"])
-        return state["step"], skipped
-    return 0, skipped
+        return State(tree["step"], tree["identity"], tree["report"]), skipped
+    return None, skipped
 
 
 @dataclass(frozen=True)

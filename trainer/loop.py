@@ -45,8 +45,12 @@ def fit(config: Config, context: Context) -> None:
     model.to(memory_format=_layout(context))  # pyright: ignore[reportCallIssue], which torch's stubs forget
     optimizer = config.optimizer.build(model)
     seen = torch.zeros(shape.size, dtype=torch.int64, device=context.device)  # all samples since the start of the run
-    first, skipped = checkpoint.restore(context.folder, config.identity, model, optimizer, seen)
-    _say(context, *(f"skipped {line}" for line in skipped), *([f"going on from step {first:,}"] if first else []))
+    former, skipped = checkpoint.restore(context.folder, config.identity, model, optimizer, seen)
+    _say(context, *(f"skipped {line}" for line in skipped))
+    if former is not None:
+        _say(context, f"going on from step {former.step:,}")
+        context.report(_key(former.step), former.report, None)  # the run may have died before it could
+    first = former.step if former else 0
     parallel = DistributedDataParallel(model) if context.workers > 1 else model
     since = torch.zeros_like(seen)  # this worker's samples since the last report
     diverged = torch.zeros(1, dtype=torch.int64, device=context.device)  # steps whose loss was no number
@@ -82,9 +86,9 @@ def fit(config: Config, context: Context) -> None:
             row |= {"validation": _validate(config, index, model, ledger, context, shape)}
             path = None
             if context.rank == 0:
-                identity, keep = config.identity, config.train.keep
-                path = checkpoint.save(context.folder, step + 1, identity, model, optimizer, seen, keep)
-            context.report(f"step-{step + 1:09d}", row, path)
+                state = checkpoint.State(step + 1, config.identity, row)
+                path = checkpoint.save(context.folder, state, model, optimizer, seen, config.train.keep)
+            context.report(_key(step + 1), row, path)
     _finish(config, index, model, ledger, context)
 
 
@@ -98,6 +102,10 @@ def first_ledger(config: Config, index: Index, drawn: np.ndarray) -> Ledger:
     natural = np.bincount(index.labels[index.rows_of(config.data.train)], minlength=len(index.classes))
     training = drawn / drawn.sum()
     return config.decision.ledger(index.classes, natural / natural.sum(), training, config.loss.logit_prior(training))
+
+
+def _key(step: int) -> str:
+    return f"step-{step:09d}"
 
 
 def _refuse_if_diverged(losses: int, step: int) -> None:

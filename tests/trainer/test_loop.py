@@ -41,7 +41,20 @@ def test_a_run_that_was_stopped_goes_on_to_bitwise_the_same_weights_and_reports(
         second = train(parted)
         assert weights(parted.run_folder) == weights(whole.run_folder)
         assert first.rows | second.rows == reports.rows
-        assert next(iter(second.rows)) == f"step-{stop + 4:09d}"
+        assert next(iter(second.rows)) == f"step-{stop:09d}"  # once more, in case the first could not
+
+
+def test_a_run_that_dies_between_its_checkpoint_and_its_report_reports_when_it_goes_on(dataset, tmp_path):
+    whole, parted = (config_for(dataset, tmp_path / name) for name in ("whole", "parted"))
+    reports = train(whole)
+    parted.run_folder.mkdir(parents=True)
+
+    def die(key: str, row: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(parted, Local(parted.run_folder, CPU, collect=die))
+    assert train(parted).rows == reports.rows
 
 
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(dataset, tmp_path, capsys):
@@ -54,7 +67,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(dataset, tmp_path, c
     content[-5] ^= 1
     damaged.write_bytes(content)
     reports = train(parted)
-    assert list(reports.rows) == ["step-000000008", "step-000000012"]
+    assert list(reports.rows) == ["step-000000004", "step-000000008", "step-000000012"]
     assert "skipped" in capsys.readouterr().err
     assert weights(parted.run_folder) == weights(whole.run_folder)
 
