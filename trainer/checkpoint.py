@@ -34,10 +34,15 @@ class State(NamedTuple):
     report: Row
     """What was to be reported of this step: a run that died in between reports it when it goes on."""
 
+    @property
+    def key(self) -> str:
+        """Names the step, in reports and folders."""
+        return f"step-{self.step:09d}"
+
 
 def save(run: Path, state: State, model: nn.Module, optimizer: Optimizer, seen: Tensor, keep: int) -> Path:
     """Publishes a checkpoint, then removes all but the newest `keep`; its path."""
-    folder = run / "checkpoints" / f"step-{state.step:09d}"
+    folder = run / "checkpoints" / state.key
     tensors, plain = _split(optimizer)
     with durable.publishing(folder) as aside:
         save_file(_on_cpu(model.state_dict()), aside / "model.safetensors")
@@ -49,25 +54,33 @@ def save(run: Path, state: State, model: nn.Module, optimizer: Optimizer, seen: 
     return folder
 
 
-def restore(
-    run: Path, identity: str, model: nn.Module, optimizer: Optimizer, seen: Tensor
-) -> tuple[State | None, list[str]]:
-    """Loads the newest checkpoint that verifies, if there is one: its state, and which were skipped and why."""
+def newest(run: Path) -> tuple[Path, list[str]] | tuple[None, list[str]]:
+    """The newest checkpoint that verifies, if there is one, and which were skipped and why."""
     skipped: list[str] = []
     for folder in _steps(run):
         wrong = durable.damage(folder)
-        if wrong:
-            skipped.append(f"{folder}: {wrong}")
-            continue
-        tree = json.loads((folder / "state.json").read_bytes())
-        if tree["identity"] != identity:
-            fix = "give another name=…, or remove the folder to start anew"
-            raise Refusal("This run was started with other settings:", [Fault(str(run), "holds its checkpoints", fix)])
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        optimizer.load_state_dict(_join(load_file(folder / "optimizer.safetensors"), tree["optimizer"]))
-        seen.copy_(load_file(folder / "tally.safetensors")["seen"])
-        return State(tree["step"], tree["identity"], tree["report"]), skipped
+        if not wrong:
+            return folder, skipped
+        skipped.append(f"{folder}: {wrong}")
     return None, skipped
+
+
+def state_of(folder: Path) -> State:
+    tree = json.loads((folder / "state.json").read_bytes())
+    return State(tree["step"], tree["identity"], tree["report"])
+
+
+def restore(folder: Path, identity: str, model: nn.Module, optimizer: Optimizer, seen: Tensor) -> State:
+    """Loads a checkpoint into the model, the optimiser and the counts; refuses one of other settings."""
+    state = state_of(folder)
+    if state.identity != identity:
+        fix = "give another name=…, or remove the folder to start anew"
+        raise Refusal("This run was started with other settings:", [Fault(str(folder), "is a checkpoint of it", fix)])
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    plain = json.loads((folder / "state.json").read_bytes())["optimizer"]
+    optimizer.load_state_dict(_join(load_file(folder / "optimizer.safetensors"), plain))
+    seen.copy_(load_file(folder / "tally.safetensors")["seen"])
+    return state
 
 
 @dataclass(frozen=True)

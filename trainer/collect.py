@@ -62,6 +62,10 @@ class Collector:
             failed = "; ".join(f"worker {rank}: {wrong}" for rank, wrong in row["exceptions"].items())
             self.lines.append(f"{self.config.name}: the workers start again after a failure: {failed}")
 
+    def knows(self, key: str) -> bool:
+        """Whether the row with this key has come."""
+        return key in self.known
+
     def close(self, exit_code: int = 0) -> dict[str, Any]:
         """Writes metrics.parquet and ends the W&B run; what there is to know of the collection."""
         reports = self._reports()

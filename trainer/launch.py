@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_loaders.faults import Fault, Refusal
 from data_loaders.settings import dump, parse_text
+from trainer import checkpoint
 from trainer.collect import Collector
 from trainer.config import Config
 from trainer.context import Cluster, Row, all_reduce
@@ -34,6 +36,7 @@ from trainer.run import Run, claim
 
 COLLECTOR_TIMEOUT_S = 120
 FOLLOW_EVERY_S = 0.5
+SETTLE_S = 10
 
 
 def train(config: Config) -> Run:
@@ -48,8 +51,9 @@ def train(config: Config) -> Run:
         try:
             with following(collector):
                 _trainer(config, text, collector).fit()
+                _settle(config, collector)
             exit_code = 0
-        except ray.train.TrainingFailedError as failure:
+        except (ray.train.TrainingFailedError, RayError) as failure:
             faults = [
                 Fault(f"worker {rank}", str(wrong).strip().splitlines()[-1])
                 for rank, wrong in getattr(failure, "worker_failures", {}).items()
@@ -60,6 +64,19 @@ def train(config: Config) -> Run:
             facts: Any = ray.get(collector.close.remote(exit_code), timeout=COLLECTOR_TIMEOUT_S)
             ray.kill(collector)
     return Run(config.run_folder, facts)
+
+
+def _settle(config: Config, collector: Any) -> None:
+    """Waits until the last report has come to the collector; reports reach it by way of Ray's controller."""
+    folder, _ = checkpoint.newest(config.run_folder)
+    if folder is None:
+        return
+    state = checkpoint.state_of(folder)
+    until = time.monotonic() + SETTLE_S
+    while not ray.get(collector.knows.remote(state.key)):
+        if time.monotonic() > until:
+            ray.get(collector.put.remote(state.key, state.report))
+        time.sleep(0.05)
 
 
 @dataclass

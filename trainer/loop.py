@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from data_loaders.faults import Fault, Refusal
 from data_loaders.index import Index, open_index
@@ -45,12 +46,7 @@ def fit(config: Config, context: Context) -> None:
     model.to(memory_format=_layout(context))  # pyright: ignore[reportCallIssue], which torch's stubs forget
     optimizer = config.optimizer.build(model)
     seen = torch.zeros(shape.size, dtype=torch.int64, device=context.device)  # all samples since the start of the run
-    former, skipped = checkpoint.restore(context.folder, config.identity, model, optimizer, seen)
-    _say(context, *(f"skipped {line}" for line in skipped))
-    if former is not None:
-        _say(context, f"going on from step {former.step:,}")
-        context.report(_key(former.step), former.report, None)  # the run may have died before it could
-    first = former.step if former else 0
+    first = _go_on(config, context, model, optimizer, seen)
     parallel = DistributedDataParallel(model) if context.workers > 1 else model
     since = torch.zeros_like(seen)  # this worker's samples since the last report
     diverged = torch.zeros(1, dtype=torch.int64, device=context.device)  # steps whose loss was no number
@@ -84,11 +80,11 @@ def fit(config: Config, context: Context) -> None:
             row = {"step": step + 1, "steps": steps, "lr": config.optimizer.rate(step, steps)}
             row |= {"train": Tally.of(seen.cpu().numpy(), shape).pack(), "speed": pace.since_last(step + 1 - first)}
             row |= {"validation": _validate(config, index, model, ledger, context, shape)}
+            state = checkpoint.State(step + 1, config.identity, row)
             path = None
             if context.rank == 0:
-                state = checkpoint.State(step + 1, config.identity, row)
                 path = checkpoint.save(context.folder, state, model, optimizer, seen, config.train.keep)
-            context.report(_key(step + 1), row, path)
+            context.report(state.key, row, path)
     _finish(config, index, model, ledger, context)
 
 
@@ -104,8 +100,16 @@ def first_ledger(config: Config, index: Index, drawn: np.ndarray) -> Ledger:
     return config.decision.ledger(index.classes, natural / natural.sum(), training, config.loss.logit_prior(training))
 
 
-def _key(step: int) -> str:
-    return f"step-{step:09d}"
+def _go_on(config: Config, context: Context, model: nn.Module, optimizer: Optimizer, seen: Tensor) -> int:
+    """Loads the newest checkpoint that verifies; the steps that are done."""
+    folder, skipped = checkpoint.newest(context.folder)
+    _say(context, *(f"skipped {line}" for line in skipped))
+    if folder is None:
+        return 0
+    state = checkpoint.restore(folder, config.identity, model, optimizer, seen)
+    _say(context, f"going on from step {state.step:,}")
+    context.report(state.key, state.report, None)  # the run may have died before it could
+    return state.step
 
 
 def _refuse_if_diverged(losses: int, step: int) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import CPU, config_for, train
+from small_runs import CPU, config_for, train
 
 from data_loaders.decode import decode
 from data_loaders.index import Reader, open_index

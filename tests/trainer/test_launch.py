@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import wandb_file
-from runs import CPU, config_for
+from small_runs import CPU, config_for
 
 from data_loaders.settings import dump, parse_text
 from trainer.config import Config

@@ -13,8 +13,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from runs import CPU, config_for, train
 from safetensors.torch import load_file
+from small_runs import CPU, config_for, train
 
 from data_loaders import durable
 from data_loaders.faults import Refusal

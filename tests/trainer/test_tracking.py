@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import wandb
 import wandb_file
-from runs import config_for
+from small_runs import config_for
 
 from data_loaders.settings import dump
 from trainer.collect import Collector
