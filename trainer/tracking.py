@@ -59,11 +59,14 @@ class Tracker:
             self._guard(log)
 
     def close(self, summary: Mapping[str, Any], exit_code: int = 0) -> None:
-        """Writes the summary and ends the run."""
+        """Writes the summary and ends the run, and with it W&B in this process."""
 
         def end() -> None:
+            import wandb
+
             self._run.summary.update(dict(summary))
             self._run.finish(exit_code=exit_code)
+            wandb.teardown()  # which waits until the last record is on the disk; finish does not
 
         if self._run is not None:
             self._guard(end)

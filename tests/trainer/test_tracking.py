@@ -94,7 +94,7 @@ def test_a_backend_that_is_down_makes_the_run_an_offline_one(offline, tmp_path, 
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     wandb.teardown()
-    tracker = Tracker(Tracking(timeout_s=2), tmp_path, "r", "r-1", {})
+    tracker = Tracker(Tracking(timeout_s=5), tmp_path, "r", "r-1", {})
     tracker.log({"step": 1, "lr": 0.5})
     tracker.close({"done": True})
     assert tracker.problem
