@@ -66,6 +66,8 @@ def publishing(folder: Path) -> Iterator[Path]:
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a folder that `publishing` wrote, or None when every file is as it was written."""
+    if not (folder / MANIFEST).exists():
+        return "does not exist" if not folder.exists() else "is not whole: it has no manifest"
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
         for name, written in files.items():

@@ -1,6 +1,9 @@
 """What is wrong with something that a user gave: all of it at once, each with its place and its repair."""
 
+import contextlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 SHOWN = 20
@@ -27,6 +30,17 @@ class Refusal(Exception):
     def __init__(self, title: str, faults: Sequence[Fault] = (), exit_code: int = 2) -> None:
         self.title, self.faults, self.exit_code = title, list(faults), exit_code
         super().__init__(title, self.faults, exit_code)
+
+    def save(self, path: Path) -> None:
+        """Leaves the refusal for the process that started this one; the first one stays."""
+        tree = {"title": self.title, "faults": self.faults, "exit_code": self.exit_code}
+        with contextlib.suppress(FileExistsError), path.open("x") as file:
+            json.dump(tree, file)
+
+    @classmethod
+    def load(cls, path: Path) -> "Refusal":
+        tree = json.loads(path.read_text())
+        return cls(tree["title"], [Fault(*fault) for fault in tree["faults"]], tree["exit_code"])
 
     def __str__(self) -> str:
         more = len(self.faults) - SHOWN

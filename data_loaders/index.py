@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 FORMAT, VERSION = "evenkeel-dataset", 1
 
 
-class DamagedRow(Exception):
+class DamagedRow(Refusal):
     """The bytes of a row are not those that were written."""
 
 
@@ -162,7 +162,8 @@ class Reader:
             content, what = b"", f"cannot be read: {os.strerror(wrong.errno or 0).lower()}"
         if checksum(content, self._tails[self._cell[row]]) != i.crc32c[row]:
             where = i.folder / "shards" / i.shards[shard]
-            raise DamagedRow(f"{where}: row {row} ({i.ids[row]}) {what} — ingest again, or restore it")
+            fault = Fault(str(where), f"row {row} ({i.ids[row]}) {what}", "ingest again, or restore it")
+            raise DamagedRow("The data set is damaged:", [fault], 65)
         return content
 
     def _handle(self, shard: int) -> int:

@@ -200,7 +200,9 @@ def _put(node: Tree, choices: list[type[Settings]], path: tuple[str, ...], chang
 
 
 def _member(annotation: Any, value: Any) -> Any:
-    """The member of a Literal that a text spells, since pydantic reads no number out of a text there."""
+    """The member of a Literal that a text spells, since pydantic reads no number out of a text there; a list of one."""
+    if get_origin(annotation) is tuple and Ellipsis in get_args(annotation) and isinstance(value, str):
+        return [value]  # one value for a list of them
     members = {str(member): member for member in get_args(annotation)} if get_origin(annotation) is Literal else {}
     return members.get(value, value) if isinstance(value, str) else value
 
@@ -248,7 +250,8 @@ def _as_fault(tree: Tree, error: Any, places: dict[tuple[str, ...], str]) -> Fau
         return Fault(given or dotted, f"{dotted} is required", f"give {dotted}=…")
     message = error["msg"].removeprefix("Value error, ")
     found = "" if isinstance(error["input"], dict | BaseModel) else f", not {error['input']!r}"
-    return Fault(given or dotted, f"{dotted}: {message[:1].lower()}{message[1:]}{found}")
+    said = f"{message[:1].lower()}{message[1:]}{found}"
+    return Fault(given or dotted, said if (given or dotted) == dotted else f"{dotted}: {said}")
 
 
 def _from_file(path: Path, faults: list[Fault]) -> list[Change]:
@@ -346,4 +349,4 @@ def _bound(constraint: Any) -> str:
 
 
 def _first_line(text: str | None) -> str:
-    return (text or "").strip().split("\n\n")[0].replace("\n", " ")
+    return " ".join((text or "").strip().split("\n\n")[0].split())

@@ -13,7 +13,7 @@ EPILOGUE = """
 Words: names of YAML files and path=value, later ones winning, for example
   {example}
 
-Exit codes: 0 done; 2 wrong settings; 65 unusable data; 73 the result cannot be written; 75 try again;
+Exit codes: 0 done; 2 wrong settings; 65 unusable data; 73 a file cannot be written or read; 75 try again;
 130 interrupted."""
 
 
@@ -31,6 +31,9 @@ def command(kind: Callable[[], type[S]], doc: str | None, example: str, action: 
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         sys.exit(refusal.exit_code)
+    except OSError as wrong:
+        print(f"{wrong.filename or 'a file'}: {(wrong.strerror or str(wrong)).lower()}", file=sys.stderr)
+        sys.exit(73)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from data_loaders.faults import Fault, Refusal
 from data_loaders.settings import Settings
 from jobs.command import command
 
@@ -42,20 +43,30 @@ def evaluate_run(settings: Evaluate) -> tuple[str, ...]:
     from trainer.checkpoint import load_model
     from trainer.context import Local, device_for
     from trainer.metrics.long_table import rows, table
+    from trainer.report.page import read_run, weights_of
 
     device = device_for(settings.device)
     trained = load_model(settings.run / "model", device)
     data = trained.config.data
     index = open_index(settings.data or data.path)
     torch.set_num_threads(trained.config.cluster.threads * trained.config.cluster.workers)
-    out, lines = settings.run / "evaluation", []
-    splits = settings.splits or tuple(name for name in index.splits if name != data.train)
+    if index.classes != trained.ledger.classes:
+        fix = f"the model knows {', '.join(trained.ledger.classes)}, in this order"
+        fault = Fault(str(index.folder), f"has the classes {', '.join(index.classes)}", fix)
+        raise Refusal("The data set does not fit the model:", [fault], 65)
+    out = settings.run / "evaluation"
+    splits = tuple(dict.fromkeys(settings.splits)) or tuple(name for name in index.splits if name != data.train)
+    for split in splits:
+        index.rows_of(split)  # refuses an unknown one before any is evaluated
+    facts = {"data": index.fingerprint, "groups": index.group_values, "model": durable.sha256(weights_of(settings.run))}
     for split in splits:
         found = evaluate.evaluate(trained.model, trained.ledger, index, data, split, Local(settings.run, device))
-        evaluate.save(out, found, {"data": index.fingerprint})
-        for view, tally in found.tallies.items():
-            key = {"run": settings.run.name, "split": split, "view": view, "step": None}
-            lines += rows(tally, index.classes, index.group_values, **key)
+        evaluate.save(out, found, facts)
+    lines = [
+        line
+        for s in read_run(settings.run).subjects
+        for line in rows(s.tally, s.classes, s.group_values, run=s.run, split=s.split, view=s.view, step=None)
+    ]
     with durable.writing(out / "metrics.parquet") as aside:
         pyarrow.parquet.write_table(table(lines), aside)
     return splits

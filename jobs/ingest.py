@@ -15,6 +15,10 @@ def run(settings: Ingest) -> None:
     manifest = read_manifest(path.parent)
     for split, classes in manifest["rows"].items():
         print(f"{split}: " + ", ".join(f"{count:,} {name}" for name, count in classes.items()))
+    for split, classes in manifest["rows"].items():
+        absent = [name for name, count in classes.items() if not count]
+        if absent:
+            print(f"take care: {split} has no image of {', '.join(absent)}")
     if manifest["rejected"]["rows"]:
         print(f"dropped {manifest['rejected']['rows']:,} rows, listed in {path.parent / 'rejected.csv'}")
     print(f"data set {manifest['fingerprint']} in {path.parent}")

@@ -1,11 +1,14 @@
 """Predicts new images, from a folder or a CSV, with a trained model: probabilities, decision and its expected cost."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from data_loaders.faults import Refusal
+from pydantic import Field, field_validator
+
+from data_loaders.faults import Fault, Refusal
 from data_loaders.settings import Settings
-from data_loaders.sources import AnySource
+from data_loaders.sources.csv_file import Csv
+from data_loaders.sources.folder import Folder
 from jobs.command import command
 from trainer.decision.ledger import Decision
 
@@ -17,12 +20,20 @@ class Predict(Settings):
 
     run: Path
     """Folder of the run."""
-    source: AnySource
+    source: Annotated[Csv | Folder, Field(discriminator="kind")]
     """The images; labels are not needed, and not read."""
     out: Path = Path("predictions.parquet")
     """A .parquet or .csv file."""
     decision: Decision | None = None
-    """Another prior of use and other costs than the model was trained with."""
+    """Another prior of use, or other costs, than the model was trained with; what is not given stays as it was."""
+
+    @field_validator("out")
+    @classmethod
+    def _is_a_table(cls, out: Path) -> Path:
+        if out.suffix not in {".parquet", ".csv"}:
+            raise ValueError("predictions go to a .parquet or a .csv file")
+        return out
+
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where the model runs."""
 
@@ -40,7 +51,9 @@ def run(settings: Predict) -> None:
     from trainer.predict import predict
 
     trained = load_model(settings.run / "model", device_for(settings.device))
-    ledger = trained.ledger if settings.decision is None else trained.ledger.under(settings.decision)
+    asked = settings.decision.model_fields_set if settings.decision else set()
+    given = {name: getattr(settings.decision, name) for name in asked}
+    ledger = trained.ledger.under(trained.config.decision.model_copy(update=given))
     listing = settings.source.listing(labelled=False)
     progress, tables, rejected, done = Progress("predict", len(listing.rows), "images"), [], listing.rejected, 0
     for table, bad in predict(trained, ledger, listing.rows):
@@ -48,8 +61,9 @@ def run(settings: Predict) -> None:
         rejected += bad
         done += len(table) + len(bad)
         progress.show(done)
-    if not tables:
-        raise Refusal("There is nothing to predict:", [r.fault for r in rejected], 65)
+    if not any(map(len, tables)):
+        nothing = Fault(str(settings.source.path), "holds no image", "it takes .jpg, .png and .webp files")
+        raise Refusal("There is nothing to predict:", [r.fault for r in rejected] or [nothing], 65)
     with durable.writing(settings.out) as aside:
         save = pyarrow.csv.write_csv if settings.out.suffix == ".csv" else pyarrow.parquet.write_table
         save(pa.concat_tables(tables), aside)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from data_loaders.settings import Settings
 from jobs.command import command
@@ -16,7 +16,14 @@ class Report(Settings):
     runs: tuple[Path, ...] = Field(min_length=1)
     """Folders of evaluated runs."""
     out: Path = Path("report.html")
-    """The page; its JSON lies beside it."""
+    """The page, a .html file; its JSON lies beside it."""
+
+    @field_validator("out")
+    @classmethod
+    def _is_a_page(cls, out: Path) -> Path:
+        if out.suffix != ".html":
+            raise ValueError("the page must be a .html file")
+        return out
 
 
 def run(settings: Report) -> None:

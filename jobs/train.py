@@ -1,6 +1,7 @@
 """Trains a classifier on a Ray cluster (or on this machine alone), and calibrates it. The same words go on from the
 newest checkpoint."""
 
+import json
 from typing import TYPE_CHECKING
 
 from jobs.command import command
@@ -24,6 +25,8 @@ def run(config: "Config") -> None:
         from trainer.run import train
 
     done = train(config)
+    for warning in json.loads((done.folder / "model" / "facts.json").read_bytes())["warnings"]:
+        print(f"take care: {warning}")
     print(f"model in {done.folder / 'model'}")
     print(f"metrics in {done.folder / 'metrics.parquet'}")
     if done.facts.get("tracked"):

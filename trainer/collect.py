@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet
 
 from data_loaders import durable
+from data_loaders.faults import Fault, Refusal
 from data_loaders.index import open_index
 from data_loaders.settings import parse_text
 from trainer.config import Config
@@ -161,4 +162,12 @@ def _read(path: Path) -> dict[str, Row]:
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         durable.write(path, whole)
-    return {line["key"]: line["row"] for line in map(json.loads, whole.splitlines())}
+    rows: dict[str, Row] = {}
+    for number, text in enumerate(whole.splitlines(), 1):
+        try:
+            line = json.loads(text)
+            rows[line["key"]] = line["row"]
+        except (ValueError, KeyError, TypeError) as wrong:
+            fault = Fault(f"{path}:{number}", f"is no report: {wrong}", "remove the line; its step is reported again")
+            raise Refusal("The log of the run is damaged:", [fault], 65) from wrong
+    return rows

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from data_loaders.loader import Data
 from data_loaders.settings import Settings, digest
@@ -53,6 +53,14 @@ class Config(Settings):
     decision: Decision = Decision()
     cluster: Cluster = Cluster()
     tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        if self.data.size < self.model.least_size:
+            raise ValueError(
+                f"data.size={self.data.size} is too small for the model, which needs {self.model.least_size}"
+            )
+        return self
 
     @property
     def run_folder(self) -> Path:

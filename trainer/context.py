@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
+from data_loaders.faults import Fault, Refusal
 from data_loaders.settings import Settings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+REFUSED = "refused.json"
 
 Row = dict[str, Any]
 """What a worker reports of a step: plain numbers and texts."""
@@ -97,12 +100,15 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return total
 
 
-def device_for(choice: Literal["auto", "cpu", "gpu"], number: int = 0) -> torch.device:
-    """The device of the worker with this number on its machine."""
+def device_for(choice: Literal["auto", "cpu", "gpu"], number: int = 0, workers: int = 1) -> torch.device:
+    """The device of the worker with this number, of so many on this machine."""
     import torch
 
-    gpu = choice == "gpu" or (choice == "auto" and torch.cuda.is_available())
-    return torch.device("cuda", number) if gpu else torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if choice == "gpu" and gpus < workers:
+        fault = Fault("device", f"{workers} GPUs are asked for, and this machine has {gpus}", "set it to cpu or auto")
+        raise Refusal("There are too few GPUs:", [fault])
+    return torch.device("cuda", number) if choice != "cpu" and gpus >= max(workers, 1) else torch.device("cpu")
 
 
 def spawn(work: Callable[..., None], cluster: Cluster, *arguments: Any) -> None:
@@ -113,28 +119,35 @@ def spawn(work: Callable[..., None], cluster: Cluster, *arguments: Any) -> None:
     from torch.multiprocessing.spawn import spawn as start
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (work, cluster, Path(folder) / "store", arguments)
-        start(_join, arguments, nprocs=cluster.workers)
+        try:
+            start(_join, (work, cluster, Path(folder), arguments), nprocs=cluster.workers)
+        except Exception as failure:
+            if (refused := Path(folder) / REFUSED).exists():
+                raise Refusal.load(refused) from failure
+            raise
 
 
-def _join(rank: int, work: Callable[..., None], cluster: Cluster, store: Path, arguments: tuple[Any, ...]) -> None:
+def _join(rank: int, work: Callable[..., None], cluster: Cluster, shared: Path, arguments: tuple[Any, ...]) -> None:
     from datetime import timedelta
 
     import torch
     from torch import distributed
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    on_gpu = device_for(cluster.device, rank).type == "cuda"
+    on_gpu = device_for(cluster.device, rank, cluster.workers).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(rank)
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
-        init_method=f"file://{store}",
+        init_method=f"file://{shared / 'store'}",
         rank=rank,
         world_size=cluster.workers,
         timeout=timedelta(seconds=cluster.timeout_s),
     )
     try:
         work(rank, *arguments)
+    except Refusal as refusal:
+        refusal.save(shared / REFUSED)
+        raise
     finally:
         distributed.destroy_process_group()

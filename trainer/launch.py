@@ -30,7 +30,7 @@ from data_loaders.settings import dump, parse_text
 from trainer import checkpoint
 from trainer.collect import Collector
 from trainer.config import Config
-from trainer.context import Cluster, Row, all_reduce
+from trainer.context import REFUSED, Cluster, Row, all_reduce
 from trainer.loop import fit
 from trainer.run import Run, claim
 
@@ -43,6 +43,8 @@ def train(config: Config) -> Run:
     """Trains on the workers of a Ray cluster, and leaves everything in the run's folder."""
     config = claim(config)
     text = dump(config)
+    refused = config.run_folder / "ray" / f"{uuid.uuid4().hex[:8]}-{REFUSED}"
+    refused.parent.mkdir(exist_ok=True)
     with cluster(config.cluster):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
@@ -50,10 +52,14 @@ def train(config: Config) -> Run:
         exit_code = 1
         try:
             with following(collector):
-                _trainer(config, text, collector).fit()
+                _trainer(config, {"config": text, "refused": str(refused)}, collector).fit()
                 _settle(config, collector)
+            if refused.exists():
+                raise Refusal.load(refused)
             exit_code = 0
         except (ray.train.TrainingFailedError, RayError) as failure:
+            if refused.exists():
+                raise Refusal.load(refused) from failure
             faults = [
                 Fault(f"worker {rank}", str(wrong).strip().splitlines()[-1])
                 for rank, wrong in getattr(failure, "worker_failures", {}).items()
@@ -183,7 +189,7 @@ def say(*lines: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _trainer(config: Config, text: str, collector: Any) -> TorchTrainer:
+def _trainer(config: Config, arguments: dict[str, str], collector: Any) -> TorchTrainer:
     settings = config.cluster
     gpus = int(ray.cluster_resources().get("GPU", 0))
     use_gpu = settings.device == "gpu" or (settings.device == "auto" and gpus >= settings.workers)
@@ -193,7 +199,7 @@ def _trainer(config: Config, text: str, collector: Any) -> TorchTrainer:
     say(f"starting {settings.workers} worker{'s' * (settings.workers > 1)} on {'GPUs' if use_gpu else 'CPUs'}")
     return TorchTrainer(
         _work,
-        train_loop_config={"config": text},
+        train_loop_config=arguments,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(settings.timeout_s)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
@@ -215,4 +221,11 @@ def _work(arguments: dict[str, str]) -> None:
 
     logging.getLogger(reporting.__file__).setLevel(logging.WARNING)  # else each report is printed, whole, by each rank
     config = parse_text(Config, arguments["config"])
-    fit(config, RayContext(config.run_folder))
+    refused = Path(arguments["refused"])
+    if refused.exists():
+        return  # Ray starts the workers again; what was refused once would be refused again
+    try:
+        fit(config, RayContext(config.run_folder))
+    except Refusal as refusal:
+        refusal.save(refused)
+        raise

@@ -46,7 +46,8 @@ def fit(config: Config, context: Context) -> None:
     model.to(memory_format=_layout(context))  # pyright: ignore[reportCallIssue], which torch's stubs forget
     optimizer = config.optimizer.build(model)
     seen = torch.zeros(shape.size, dtype=torch.int64, device=context.device)  # all samples since the start of the run
-    first = _go_on(config, context, model, optimizer, seen)
+    identity = identity_of(config, index)
+    first = _go_on(identity, context, model, optimizer, seen)
     parallel = DistributedDataParallel(model) if context.workers > 1 else model
     since = torch.zeros_like(seen)  # this worker's samples since the last report
     diverged = torch.zeros(1, dtype=torch.int64, device=context.device)  # steps whose loss was no number
@@ -80,12 +81,17 @@ def fit(config: Config, context: Context) -> None:
             row = {"step": step + 1, "steps": steps, "lr": config.optimizer.rate(step, steps)}
             row |= {"train": Tally.of(seen.cpu().numpy(), shape).pack(), "speed": pace.since_last(step + 1 - first)}
             row |= {"validation": _validate(config, index, model, ledger, context, shape)}
-            state = checkpoint.State(step + 1, config.identity, row)
+            state = checkpoint.State(step + 1, identity, row)
             path = None
             if context.rank == 0:
                 path = checkpoint.save(context.folder, state, model, optimizer, seen, config.train.keep)
             context.report(state.key, row, path)
     _finish(config, index, model, ledger, context)
+
+
+def identity_of(config: Config, index: Index) -> str:
+    """Hash of what decides the weights: settings and data."""
+    return f"{config.identity}-{index.fingerprint}"
 
 
 def first_ledger(config: Config, index: Index, drawn: np.ndarray) -> Ledger:
@@ -100,13 +106,13 @@ def first_ledger(config: Config, index: Index, drawn: np.ndarray) -> Ledger:
     return config.decision.ledger(index.classes, natural / natural.sum(), training, config.loss.logit_prior(training))
 
 
-def _go_on(config: Config, context: Context, model: nn.Module, optimizer: Optimizer, seen: Tensor) -> int:
+def _go_on(identity: str, context: Context, model: nn.Module, optimizer: Optimizer, seen: Tensor) -> int:
     """Loads the newest checkpoint that verifies; the steps that are done."""
     folder, skipped = checkpoint.newest(context.folder)
     _say(context, *(f"skipped {line}" for line in skipped))
     if folder is None:
         return 0
-    state = checkpoint.restore(folder, config.identity, model, optimizer, seen)
+    state = checkpoint.restore(folder, identity, model, optimizer, seen)
     _say(context, f"going on from step {state.step:,}")
     context.report(state.key, state.report, None)  # the run may have died before it could
     return state.step
@@ -115,8 +121,8 @@ def _go_on(config: Config, context: Context, model: nn.Module, optimizer: Optimi
 def _refuse_if_diverged(losses: int, step: int) -> None:
     """Called before a checkpoint, so that none is ever saved of weights that are no numbers."""
     if losses:
-        fix = "lower it, or lengthen optimizer.warmup; the checkpoints before are whole"
-        fault = Fault("optimizer.lr", f"{losses:,} losses before step {step:,} are not finite numbers", fix)
+        fix = "lower it, or lengthen optimizer.warmup"
+        fault = Fault("optimizer.lr", f"before step {step:,}, {losses:,} times the loss was not a finite number", fix)
         raise Refusal("Training diverged:", [fault], 65)
 
 
@@ -137,6 +143,8 @@ def _finish(config: Config, index: Index, model: nn.Module, ledger: Ledger, cont
         facts = {
             "data": index.fingerprint,
             "groups": {name: list(values) for name, values in index.group_values.items()},
+            "classes": list(index.classes),
+            "warnings": list(calibration.warnings),
             "validation": {"n": calibration.n, "nll": calibration.nll_before, "nll_calibrated": calibration.nll_after},
             "parameters": sum(p.numel() for p in model.parameters()),
             "machine": {"torch": torch.__version__, "device": str(context.device), "cpu": platform.machine()},

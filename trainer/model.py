@@ -36,6 +36,11 @@ class Model(Settings):
         initialise(network, self.initialisation)
         return Classifier(network)
 
+    @property
+    def least_size(self) -> int:
+        """Smallest height and width that the network can read, in pixels."""
+        return 1
+
     @abstractmethod
     def network(self, classes: int) -> nn.Module:
         """The network from normalised images to logits."""
@@ -47,6 +52,11 @@ class SmallCnn(Model):
     kind: Literal["small_cnn"] = "small_cnn"
     widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 64, 128, 128)
     """Channels of each convolution; each halves height and width."""
+
+    @property
+    def least_size(self) -> int:
+        """Smallest height and width that the network can read, in pixels."""
+        return 2 ** len(self.widths)
 
     def network(self, classes: int) -> nn.Module:
         from trainer.networks import small_cnn

@@ -8,10 +8,11 @@ from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
 from data_loaders.index import open_index
 from data_loaders.settings import differences, dump, parse, parse_text
+from trainer import checkpoint
 from trainer.collect import Collector
 from trainer.config import Config
 from trainer.context import Local, Row, device_for, spawn
-from trainer.loop import first_ledger, fit
+from trainer.loop import first_ledger, fit, identity_of
 
 
 class Run(NamedTuple):
@@ -35,7 +36,11 @@ def claim(config: Config) -> Config:
     Refuses a folder that other settings have filled.
     """
     index = open_index(config.data.path)
-    index.rows_of(config.data.validation)
+    for setting in ("train", "validation"):
+        if (split := getattr(config.data, setting)) not in index.splits:
+            fix = f"it has {', '.join(index.splits)}; calibration needs validation rows, as splits.val=0.1 draws"
+            raise Refusal("A split is missing:", [Fault(f"data.{setting}", f"no split {split!r} in the data", fix)])
+    device_for(config.cluster.device, 0, config.cluster.workers if config.cluster.on == "local" else 0)
     rows = index.rows_of(config.data.train)
     sampler = config.data.sampler.over(index, rows, config.seed)
     first_ledger(config, index, sampler.counts(0, config.train.total(len(rows), config.data.batch) * config.data.batch))
@@ -52,6 +57,11 @@ def claim(config: Config) -> Config:
             ]
             title = f"{config.run_folder} holds a run with other settings; give another name=…, or remove it:"
             raise Refusal(title, faults)
+    folder, _ = checkpoint.newest(config.run_folder)
+    if folder is not None and checkpoint.state_of(folder).identity != identity_of(config, index):
+        fix = "give another name=…, or remove the run"
+        fault = Fault(str(config.run_folder), f"was trained on other data than {config.data.path} holds now", fix)
+        raise Refusal("The run cannot go on:", [fault], 65)
     durable.write(saved, dump(config))
     return config
 
@@ -59,14 +69,15 @@ def claim(config: Config) -> Config:
 def _work(rank: int, text: str) -> None:
     config = parse_text(Config, text)
     collector = Collector(text) if rank == 0 else None
-    device = device_for(config.cluster.device, rank)
+    device = device_for(config.cluster.device, rank, config.cluster.workers)
     exit_code = 1
 
     def collect(key: str, row: Row) -> None:
         heard = len(collector.lines) if collector else 0
         if collector:
             collector.put(key, row)
-            print(*collector.news(heard), sep="\n", file=sys.stderr, flush=True)
+            for line in collector.news(heard):
+                print(line, file=sys.stderr, flush=True)
 
     try:
         fit(config, Local(config.run_folder, device, rank, config.cluster.workers, collect))

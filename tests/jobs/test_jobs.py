@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -178,3 +179,106 @@ def test_a_demonstration_removes_its_own_leavings_and_nothing_else(tmp_path):
     with pytest.raises(Refusal, match="is not of a demonstration"):
         _clear(tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+SMALL = ["data.size=12", "data.batch=16", "model.widths=[8]", "cluster.on=local", "cluster.device=cpu", "train.steps=4"]
+
+
+@pytest.fixture
+def own_data(dataset, tmp_path, monkeypatch) -> Path:
+    """A copy of the data set at ./data, and a run of it at ./runs/r."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(dataset, tmp_path / "data")
+    run(monkeypatch, "train", "data.path=data", *SMALL, "name=r")
+    return tmp_path
+
+
+def renamed(folder: Path) -> None:
+    """The data set again, with its classes in another order of names."""
+    lines = (folder / "labels.csv").read_text().replace(",food,", ",aaa,")
+    (folder / "labels.csv").write_text(lines)
+
+
+def test_a_run_does_not_go_on_with_other_data_at_the_same_path(own_data, dataset, monkeypatch):
+    weights = (own_data / "runs/r/model/model.safetensors").read_bytes()
+    shutil.rmtree(own_data / "data")
+    source = [f"source.path={dataset.parent / 'labels.csv'}", "source.split_column=split", "workers=1"]
+    run(monkeypatch, "ingest", "source.kind=csv", *source, "out=data")  # without its group columns
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, "train", "data.path=data", *SMALL, "name=r")
+    assert end.value.code == 65
+    assert (own_data / "runs/r/model/model.safetensors").read_bytes() == weights
+
+
+def test_data_with_other_classes_than_the_model_is_not_evaluated(own_data, dataset, monkeypatch, capsys):
+    shutil.copytree(dataset.parent, own_data / "images")
+    shutil.rmtree(own_data / "images" / "data")
+    renamed(own_data / "images")
+    words = ["source.kind=csv", "source.path=images/labels.csv", "source.split_column=split", "workers=1"]
+    run(monkeypatch, "ingest", *words, "out=other")
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, "evaluate", "run=runs/r", "data=other", "device=cpu")
+    assert end.value.code == 65
+    assert "the model knows dessert, drink, food" in capsys.readouterr().err
+
+
+def test_an_evaluation_of_other_weights_is_not_reported(own_data, monkeypatch, capsys):
+    run(monkeypatch, "evaluate", "run=runs/r", "device=cpu", "splits=test")
+    shutil.rmtree(own_data / "runs/r/model")
+    shutil.rmtree(own_data / "runs/r/checkpoints")
+    (own_data / "runs/r/config.yaml").unlink()
+    run(monkeypatch, "train", "data.path=data", *SMALL, "name=r", "seed=5")
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, "report", "runs=runs/r")
+    assert end.value.code == 65
+    assert "is of other weights" in capsys.readouterr().err
+
+
+def test_what_predict_is_not_told_stays_as_the_model_was_trained(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    use = ["decision.prior=uniform", "decision.costs.kind=matrix", "decision.costs.rows.food.drink=50"]
+    run(monkeypatch, "train", f"data.path={dataset}", *SMALL, *use, "name=r")
+    (tmp_path / "new").mkdir()
+    Image.fromarray(np.full((12, 12, 3), 90, np.uint8)).save(tmp_path / "new" / "0.png")
+    words = ["run=runs/r", "source.kind=folder", "source.path=new", "device=cpu", "out=p.csv"]
+    found = []
+    for more in ([], ["decision.prior=uniform"], ["decision.costs.kind=equal"], ["decision.prior=natural"]):
+        run(monkeypatch, "predict", *words, *more)
+        found.append(pyarrow.csv.read_csv("p.csv").to_pydict())
+    plain, same_prior, other_costs, other_prior = found
+    assert same_prior == plain
+    assert other_costs["p.food"] == plain["p.food"]
+    assert other_prior["p.food"] != plain["p.food"]
+
+
+@pytest.mark.parametrize(
+    ("job", "words", "code", "said"),
+    [
+        ("train", ["data.path=data", *SMALL, "name=x", "folder=afile"], 73, "afile"),
+        ("train", ["data.path=data", *SMALL, "name=x", "cluster.device=gpu", "cluster.workers=99"], 2, "99 GPUs"),
+        ("train", ["data.path=data", *SMALL, "name=x", "data.size=1"], 2, "too small for the model"),
+        ("train", ["data.path=data", *SMALL, "name=x", "data.validation=vla"], 2, "calibration needs validation rows"),
+        ("train", ["data.path=data", *SMALL, "name=x", "optimizer.lr=1e30", "cluster.workers=2"], 65, "diverged"),
+        ("evaluate", ["run=runs/r", "splits=[test,tset]", "device=cpu"], 65, "no split 'tset'"),
+        ("report", ["runs=[runs/r]", "out=report.json"], 2, ".html"),
+        ("predict", ["run=runs/r", "source.kind=folder", "source.path=empty", "device=cpu"], 65, "holds no image"),
+        ("predict", ["run=runs/r", "source.kind=folder", "source.path=empty", "out=p.txt"], 2, ".parquet or a .csv"),
+    ],
+)
+def test_a_mistake_of_use_is_answered_in_a_line_with_its_code(own_data, monkeypatch, capsys, job, words, code, said):
+    (own_data / "afile").write_text("")
+    (own_data / "empty").mkdir()
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, job, *words)
+    assert end.value.code == code
+    assert said in capsys.readouterr().err
+    assert not (own_data / "runs/r/evaluation/test").exists()
+
+
+def test_a_damaged_shard_ends_an_evaluation_in_a_line(own_data, monkeypatch, capsys):
+    for shard in (own_data / "data" / "shards").iterdir():
+        shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, "evaluate", "run=runs/r", "device=cpu")
+    assert end.value.code == 65
+    assert "is not as it was written — ingest again" in capsys.readouterr().err

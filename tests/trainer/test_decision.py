@@ -100,6 +100,16 @@ def test_calibration_bears_a_class_that_has_no_validation_row():
     kept = world.labels != 2
     found = calibrate(ledger(PRIOR), world.logits(PRIOR)[kept], world.labels[kept])
     assert np.isfinite(found.nll_after)
+    assert found.warnings == ("no validation image of 'dessert'",)
+
+
+def test_a_temperature_that_rests_on_nothing_says_so():
+    for logits in (0.1 * np.eye(3), 5 * np.eye(3), -5 * np.eye(3)):
+        found = calibrate(ledger(PRIOR), logits, np.arange(3))
+        assert found.warnings[0] == "the temperature rests on 3 validation images"
+        assert found.warnings[1].startswith("the validation images do not settle the temperature")
+    world = World()
+    assert calibrate(ledger(PRIOR), world.logits(PRIOR), world.labels).warnings == ()
 
 
 def test_the_cheapest_decision_of_two_classes_is_a_threshold_of_costs():

@@ -89,7 +89,7 @@ def test_a_killed_worker_costs_time_and_nothing_else(dataset, tmp_path, ray_clus
     assert trained == dict.fromkeys(steps, 20 * 16)
 
 
-def test_what_a_worker_cannot_do_ends_the_run_with_its_cause_and_a_code_to_try_again(dataset, tmp_path, ray_cluster):
+def test_what_a_worker_refuses_ends_the_run_with_its_cause_and_its_code(dataset, tmp_path, ray_cluster):
     import shutil
 
     from data_loaders.faults import Refusal
@@ -101,7 +101,7 @@ def test_what_a_worker_cannot_do_ends_the_run_with_its_cause_and_a_code_to_try_a
     for shard in index.shards:
         path = copy / "shards" / shard
         path.write_bytes(path.read_bytes()[:1000])
-    config = config_for(copy, tmp_path, **RAY, **{"cluster.max_failures": 0})
+    config = config_for(copy, tmp_path, **RAY, **{"cluster.max_failures": 1})
     with pytest.raises(Refusal, match="is not as it was written") as refusal:
         train(config)
-    assert refusal.value.exit_code == 75
+    assert refusal.value.exit_code == 65

@@ -213,6 +213,23 @@ def test_every_fairness_metric_leaves_out_groups_without_a_value(name):
     assert not np.isnan(disparity(name, t)).any()
 
 
+def test_a_single_group_with_a_value_is_no_parity():
+    recalls = np.array([[0.5, 0.9], [0.8, np.nan]])
+    np.testing.assert_allclose(DISPARITIES["difference"](recalls), [0.3, np.nan])
+    np.testing.assert_allclose(DISPARITIES["ratio"](recalls), [0.625, np.nan])
+    np.testing.assert_allclose(DISPARITIES["min"](recalls), [0.5, 0.9])
+
+
+def test_sums_of_the_worst_scores_do_not_overflow():
+    n = 100_000
+    log_p = np.tile([0.0, -1e9], (n, 1))
+    labels = np.arange(n) % 2
+    t = tally_of(log_p, labels * 0, labels, labels * 0, shape=Shape(1, 2)).overall()
+    e = estimate("nll", t)
+    assert e.value[0] == SCORE_CAP / 2
+    assert e.low[0] == pytest.approx(SCORE_CAP / 2 - 1.96 * SCORE_CAP / 2 / np.sqrt(n), rel=1e-4)
+
+
 def test_disparities_of_nothing_are_nan():
     for compare in DISPARITIES.values():
         assert np.isnan(compare(np.full((3, 2), np.nan))).all()

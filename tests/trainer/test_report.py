@@ -16,7 +16,7 @@ from trainer.report.tables import LEAST_N, Subject, recall_gain, summary
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
 CLASSES = ("food", "drink", HOSTILE)
-FACTS = {"validation": {"n": 30, "nll": 0.7, "nll_calibrated": 0.6}}
+FACTS = {"validation": {"n": 30, "nll": 0.7, "nll_calibrated": 0.6}, "warnings": [HOSTILE]}
 
 
 def subject(seed: int = 0, run: str = "run", view: str = "ledger") -> Subject:
@@ -103,6 +103,17 @@ def test_the_cost_is_that_of_the_decisions_where_classes_occur_as_in_use():
     rows = confusion / confusion.sum(1, keepdims=True)
     expected = sum(s.ledger.deployment_prior[y] * rows[y] @ s.ledger.costs[y] for y in range(3))
     assert s.cost() == pytest.approx(expected)
+
+
+def test_a_class_that_is_not_in_the_split_leaves_no_number_in_use():
+    s = subject()
+    confusion = s.tally.confusion.copy()
+    confusion[:, 2] = 0
+    t = Tally(confusion, s.tally.confidence, s.tally.scores)
+    without = Subject(s.run, s.split, s.view, t, s.ledger, s.group_values)
+    assert np.isnan(without.cost())
+    assert np.isnan(without.nll())
+    assert "nan" not in summary([without])
 
 
 def test_the_gain_of_the_worst_class_has_an_interval_around_it():

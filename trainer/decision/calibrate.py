@@ -10,6 +10,9 @@ from trainer.metrics.catalogue import Floats
 from trainer.metrics.tally import Ints
 
 BOUNDS = (0.05, 20.0)
+FEW = 100
+CERTAIN = 1e-4
+"""Nats; below it, every validation image is told with certainty, and any lower temperature does as well."""
 
 
 class Calibration(NamedTuple):
@@ -20,6 +23,8 @@ class Calibration(NamedTuple):
     """Nats, under the deployment prior."""
     nll_after: float
     n: int
+    warnings: tuple[str, ...]
+    """Why the temperature may not be trusted; empty where nothing speaks against it."""
 
 
 def calibrate(ledger: Ledger, logits: Floats, labels: Ints) -> Calibration:
@@ -36,4 +41,11 @@ def calibrate(ledger: Ledger, logits: Floats, labels: Ints) -> Calibration:
         return -float(weight @ log_p[np.arange(len(labels)), labels])
 
     found = minimize_scalar(loss, bounds=np.log(BOUNDS), method="bounded", options={"xatol": 1e-6})
-    return Calibration(ledger.with_temperature(float(np.exp(found.x))), loss(0.0), float(found.fun), len(labels))
+    temperature = float(np.exp(found.x))
+    warnings = [f"no validation image of {name!r}" for name, n in zip(ledger.classes, seen, strict=True) if not n]
+    if len(labels) < FEW:
+        warnings.append(f"the temperature rests on {len(labels)} validation images")
+    if found.fun < CERTAIN or not 1.1 * BOUNDS[0] < temperature < BOUNDS[1] / 1.1:
+        warnings.append(f"the validation images do not settle the temperature ({temperature:.2f})")
+    calibrated = ledger.with_temperature(temperature)
+    return Calibration(calibrated, loss(0.0), max(float(found.fun), 0.0), len(labels), tuple(warnings))

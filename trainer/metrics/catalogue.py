@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.metrics.tally import BINS, SCALE, Ints, Tally
+from trainer.metrics.tally import BINS, SCALE, SQUARE_SCALE, Ints, Tally
 
 Floats = NDArray[np.float64]
 ECE_BINS = 15
@@ -149,8 +149,8 @@ RATES: dict[str, Rate] = {
 DISPARITIES: dict[str, Callable[[Floats], Floats]] = {  # [G, …] -> […]; groups without a value are left out
     "min": lambda r: _extreme(r, np.min, np.inf),
     "max": lambda r: _extreme(r, np.max, -np.inf),
-    "difference": lambda r: _extreme(r, np.max, -np.inf) - _extreme(r, np.min, np.inf),
-    "ratio": lambda r: divide(_extreme(r, np.min, np.inf), _extreme(r, np.max, -np.inf)),
+    "difference": lambda r: _several(r, _extreme(r, np.max, -np.inf) - _extreme(r, np.min, np.inf)),
+    "ratio": lambda r: _several(r, divide(_extreme(r, np.min, np.inf), _extreme(r, np.max, -np.inf))),
 }
 
 FAIRNESS: dict[str, tuple[str, str]] = {
@@ -182,12 +182,17 @@ def _hits(t: Tally) -> Ints:
 
 
 def _score(t: Tally, score: Literal[0, 1]) -> Mean:
-    total, squares = np.moveaxis(t.scores[:, :, score].sum(1) / SCALE, 1, 0)
+    total, squares = np.moveaxis(t.scores[:, :, score].sum(1) / np.array([SCALE, SQUARE_SCALE]), 1, 0)
     return Mean(total, squares, t.n)
 
 
 def _mean_over_classes(values: Floats) -> Floats:
     return divide(np.nansum(values, 1), (~np.isnan(values)).sum(1))
+
+
+def _several(r: Floats, value: Floats) -> Floats:
+    """The value where two groups or more have one: a single group is no parity."""
+    return np.where((~np.isnan(r)).sum(0) > 1, value, np.nan)
 
 
 def _extreme(r: Floats, which: Callable[..., Floats], absent: float) -> Floats:

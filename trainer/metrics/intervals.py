@@ -52,12 +52,12 @@ def wilson(hits: Ints, trials: Ints, level: float = LEVEL) -> tuple[Floats, Floa
 
 
 def normal(mean: Mean, level: float = LEVEL) -> tuple[Floats, Floats]:
-    """Normal interval of a mean; NaN below two samples."""
+    """Normal interval of a mean of scores, which are never negative; NaN below two samples."""
     z = NormalDist().inv_cdf((1 + level) / 2)
     centre = divide(mean.total, mean.n)
     variance = np.maximum(divide(mean.squares - mean.n * centre**2, np.maximum(mean.n - 1, 0)), 0)
     half = z * np.sqrt(divide(variance, mean.n))
-    return centre - half, centre + half
+    return np.maximum(centre - half, 0), centre + half
 
 
 def difference(a: Proportion, b: Proportion, level: float = LEVEL) -> tuple[Floats, Floats]:
@@ -89,12 +89,13 @@ def resample(tally: Tally, seed: int = 0) -> Tally:
 
 
 def bootstrap(metric: Callable[[Tally], Floats], tally: Tally, resampled: Tally) -> tuple[Floats, Floats]:
-    """Percentile interval, [G] or [G, K], of a metric of confusion or confidence; NaN where a replicate has none."""
+    """Percentile interval, [G] or [G, K], of a metric of confusion or confidence, over the replicates that have it."""
     values = metric(resampled)
     values = values.reshape(REPLICATES, len(tally.n), *values.shape[1:])
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(values, [tail, 100 - tail], axis=0)
-    return low, high
+    absent = np.isnan(values).all(0)
+    low, high = np.nanpercentile(np.where(absent, 0.0, values), [tail, 100 - tail], axis=0)
+    return np.where(absent, np.nan, low), np.where(absent, np.nan, high)
 
 
 def calibrated_ece(tally: Tally, weights: Floats | None = None, seed: int = 0) -> tuple[Floats, Floats]:

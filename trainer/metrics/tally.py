@@ -22,8 +22,10 @@ BINS = 60
 """Of equal width over [0, 1]; a multiple of the 10, 15 and 20 that are in use."""
 SCALE = 2.0**28
 """One in fixed point: an error of 2**-29 a row, and room for 10**9 rows of 10 nats."""
+SQUARE_SCALE = 2.0**12
+"""One in the sums of squares, which would overflow sooner."""
 SCORE_CAP = 2.0**10
-"""Largest score of a row that is counted, in nats; reached only where a probability underflows."""
+"""Largest NLL of a row that is counted, in nats; reached only where a probability underflows."""
 
 Ints = NDArray[np.int64]
 
@@ -54,8 +56,8 @@ class Tally:
     """By group, true class and bin of the largest probability, [G, K, BINS, 3]: samples, samples whose most probable
     class is right, and the sum of that probability, in units of 1 / SCALE."""
     scores: Ints
-    """By group and true class, for NLL (nats) and Brier score, [G, K, 2, 2]: sum and sum of squares, in units of
-    1 / SCALE."""
+    """By group and true class, for NLL (nats) and Brier score, [G, K, 2, 2]: sum, in units of 1 / SCALE, and sum of
+    squares, in units of 1 / SQUARE_SCALE."""
 
     @property
     def shape(self) -> Shape:
@@ -119,7 +121,7 @@ def count(
     one = valid.long()
     nll = -log_p.gather(1, labels[:, None])[:, 0]
     brier = p.square().sum(1) - 2 * p.gather(1, labels[:, None])[:, 0] + 1
-    score = torch.stack([nll, brier], 1).nan_to_num(SCORE_CAP).clamp(max=SCORE_CAP)
+    score = torch.stack([nll.nan_to_num(SCORE_CAP).clamp(max=SCORE_CAP), brier.nan_to_num(2.0)], 1)
     top = top.nan_to_num(0.0)  # a model that has diverged must not end in an index out of range
     bins = (top * BINS).long().clamp(max=BINS - 1)
 
@@ -128,7 +130,7 @@ def count(
     confusion.index_add_(0, (cells * classes + labels) * classes + decisions, one)
     in_bin = torch.stack([torch.ones_like(one), (most_probable == labels).long(), _fixed(top)], 1)
     confidence.view(-1, 3).index_add_(0, (cells * classes + labels) * BINS + bins, in_bin * one[:, None])
-    moments = _fixed(torch.stack([score, score.square()], 2).flatten(1))
+    moments = torch.stack([_fixed(score), (score.square() * SQUARE_SCALE).round().long()], 2).flatten(1)
     scores.view(-1, 4).index_add_(0, cells * classes + labels, moments * one[:, None])
     return out
 

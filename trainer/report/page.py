@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
 from trainer.decision.ledger import Ledger
+from trainer.metrics.groups import GroupValues
 from trainer.metrics.tally import Shape, Tally
 from trainer.report import figures
 from trainer.report.tables import LEAST_N, Subject
@@ -34,19 +35,31 @@ def read_run(folder: Path) -> EvaluatedRun:
     evaluations = sorted(p for p in (folder / "evaluation").glob("[!.]*") if p.is_dir())
     wrong = [(path, durable.damage(path)) for path in (model, *evaluations)]
     faults = [Fault(str(path), damage, "train or evaluate again") for path, damage in wrong if damage]
+    if not faults:
+        weights = durable.sha256(weights_of(folder))
+        others = [path for path in evaluations if _json(path / "facts.json")["model"] != weights]
+        faults += [Fault(str(path), "is of other weights than the model's", "evaluate again") for path in others]
     if not evaluations:
         faults.append(Fault(str(folder / "evaluation"), "holds nothing", f"python -m jobs.evaluate run={folder}"))
     if faults:
         raise Refusal("The run cannot be reported:", faults, 65)
     ledger = Ledger.from_json(_json(model / "ledger.json"))
     facts = _json(model / "facts.json")
-    groups = {name: tuple(values) for name, values in facts["groups"].items()}
     subjects = [
-        Subject(folder.name, path.name, view, tally, ledger, groups)
+        Subject(folder.name, path.name, view, tally, ledger, _groups(path))
         for path in evaluations
         for view, tally in read_tallies(path).items()
     ]
     return EvaluatedRun(folder.name, facts, ledger, subjects)
+
+
+def weights_of(folder: Path) -> Path:
+    """The weights of a run."""
+    return folder / "model" / "model.safetensors"
+
+
+def _groups(evaluation: Path) -> GroupValues:
+    return {name: tuple(values) for name, values in _json(evaluation / "facts.json")["groups"].items()}
 
 
 def read_tallies(folder: Path) -> dict[str, Tally]:
@@ -71,6 +84,7 @@ def write(runs: list[EvaluatedRun], out: Path) -> None:
         style=style,
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         json=_harmless(json.dumps(tree, allow_nan=False)),
+        number=lambda value: "–" if math.isnan(value) else f"{value:.3f}",
         percent=lambda value: "–" if math.isnan(value) else f"{value:.1%}",
     )
     durable.write(out, page)

@@ -12,6 +12,7 @@ from trainer.metrics.catalogue import (
     Proportion,
     coarse_bins,
     disparity,
+    divide,
     gap,
     recall,
     score_by_class,
@@ -58,6 +59,8 @@ class Table(NamedTuple):
     title: str
     columns: tuple[str, ...]
     lines: list[Line]
+    by: str
+    """The column in whose order they are."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,9 @@ class Subject:
         return float(gap(coarse_bins(overall, weights))[0]), float(calibrated_ece(overall, weights)[1][0])
 
     def cost(self) -> float:
-        """Mean cost of the decisions, where classes occur as in use."""
+        """Mean cost of the decisions, where classes occur as in use; NaN if a class is not in the split."""
         confusion = self.tally.overall().confusion[0]
-        by_class = (confusion * self.ledger.costs).sum(1) / np.maximum(confusion.sum(1), 1)
+        by_class = divide((confusion * self.ledger.costs).sum(1), confusion.sum(1))
         return float(by_class @ self.ledger.deployment_prior)
 
     def class_table(self) -> Table:
@@ -119,7 +122,8 @@ class Subject:
         resampled = resample(overall)
         found = [estimate(name, overall, resampled) for name in BY_CLASS]
         lines = [Line(name, tuple(cell(e, 0, k) for e in found)) for k, name in enumerate(self.classes)]
-        return Table("By class", ("class", *BY_CLASS), sorted(lines, key=lambda line: _order(line.cells[0])))
+        lines.sort(key=lambda line: _order(line.cells[0]))
+        return Table("By class", ("class", *BY_CLASS), lines, BY_CLASS[0])
 
     def group_tables(self) -> Iterator[Table]:
         """One for each way to group, the worst group first."""
@@ -131,6 +135,7 @@ class Subject:
         return [
             (grouping.name, name, self.classes[place[0]] if place else "", float(value[place]))
             for grouping in list(groupings(self.group_values))[1:]
+            if len(grouping.groups) > 1
             for name in FAIRNESS
             for value in [np.asarray(disparity(name, grouping.of(self.tally)))]
             for place in np.ndindex(value.shape)
@@ -141,8 +146,8 @@ class Subject:
         resampled = resample(grouped)
         found = [estimate(name, grouped, resampled) for name in BY_GROUP]
         lines = [Line(name, tuple(cell(e, g) for e in found)) for g, name in enumerate(grouping.groups)]
-        title = f"By {grouping.name}"
-        return Table(title, ("group", *BY_GROUP), sorted(lines, key=lambda line: _order(line.cells[1])))
+        lines.sort(key=lambda line: _order(line.cells[1]))
+        return Table(f"By {grouping.name}", ("group", *BY_GROUP), lines, BY_GROUP[1])
 
 
 def cell(found: Estimate, *place: int) -> Cell:
@@ -169,10 +174,14 @@ def summary(subjects: list[Subject]) -> str:
         worst, (ece, calibrated) = s.worst_cell(), s.ece()
         cells = [s.run, s.split, s.view, *(str(value) for _, value in s.recalls())]
         cells += [f"{worst[2].value:.2f} (n={worst[2].n})" if worst else "–"]
-        columns.append([*cells, *map("{:.3f}".format, (s.nll(), ece, calibrated, s.cost()))])
+        columns.append([*cells, *map(_text, (s.nll(), ece, calibrated, s.cost()))])
     widths = [max(map(len, column)) for column in columns]
     lines = zip(*columns, strict=True)
     return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _text(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.3f}"
 
 
 def _order(value: Cell) -> tuple[bool, float]:
