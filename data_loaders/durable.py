@@ -67,7 +67,7 @@ def publishing(folder: Path) -> Iterator[Path]:
 def damage(folder: Path) -> str | None:
     """What is wrong with a folder that `publishing` wrote, or None when every file is as it was written."""
     if not (folder / MANIFEST).exists():
-        return "does not exist" if not folder.exists() else "is not whole: it has no manifest"
+        return "does not exist" if not folder.exists() else f"is not whole: it has no {MANIFEST}"
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
         for name, written in files.items():

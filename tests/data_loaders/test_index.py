@@ -27,7 +27,8 @@ def shard_of(index: Index, row: int) -> Path:
 def damaged(index: Index, row: int) -> str:
     with pytest.raises(DamagedRow) as wrong:
         Reader(index).read(row)
-    return str(wrong.value)
+    (fault,) = wrong.value.faults
+    return str(fault)
 
 
 def test_the_index_agrees_with_the_shards(dataset: Path):
