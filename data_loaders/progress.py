@@ -7,6 +7,12 @@ from typing import TextIO
 LINE_EVERY_S = 5.0
 
 
+def say(*lines: str) -> None:
+    """Lines for the person at the terminal, on standard error."""
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+
+
 class Progress:
     """A line that is rewritten on a terminal, and printed every few seconds elsewhere."""
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from pydantic import model_validator
 
@@ -96,8 +96,3 @@ def _stratum(row: Row) -> tuple[str, ...]:
 def _gain(lack: Mapping[tuple[str, ...], float], content: Mapping[tuple[str, ...], int], total: Counter) -> float:
     """By how much the squared distance from the wanted counts shrinks, in shares of each stratum."""
     return sum((lack[s] ** 2 - (lack[s] - n) ** 2) / total[s] for s, n in content.items())
-
-
-def counts(rows: Iterable[Row]) -> dict[str, int]:
-    """Rows of each split, in the order of first appearance."""
-    return dict(Counter(row.split for row in rows))

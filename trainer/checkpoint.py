@@ -30,7 +30,7 @@ class State(NamedTuple):
     step: int
     """Steps that are done."""
     identity: str
-    """Hash of the settings that decide the weights."""
+    """Hash of what decides the weights: settings and data."""
     report: Row
     """What was to be reported of this step: a run that died in between reports it when it goes on."""
 
@@ -66,19 +66,19 @@ def newest(run: Path) -> tuple[Path, list[str]] | tuple[None, list[str]]:
 
 
 def state_of(folder: Path) -> State:
-    tree = json.loads((folder / "state.json").read_bytes())
-    return State(tree["step"], tree["identity"], tree["report"])
+    """The state of a checkpoint, without its tensors."""
+    return _state(json.loads((folder / "state.json").read_bytes()))
 
 
 def restore(folder: Path, identity: str, model: nn.Module, optimizer: Optimizer, seen: Tensor) -> State:
-    """Loads a checkpoint into the model, the optimiser and the counts; refuses one of other settings."""
-    state = state_of(folder)
+    """Loads a checkpoint into the model, the optimiser and the counts; refuses one of other settings or data."""
+    tree = json.loads((folder / "state.json").read_bytes())
+    state = _state(tree)
     if state.identity != identity:
         fix = "give another name=…, or remove the folder to start anew"
         raise Refusal("This run was started with other settings:", [Fault(str(folder), "is a checkpoint of it", fix)])
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    plain = json.loads((folder / "state.json").read_bytes())["optimizer"]
-    optimizer.load_state_dict(_join(load_file(folder / "optimizer.safetensors"), plain))
+    optimizer.load_state_dict(_join(load_file(folder / "optimizer.safetensors"), tree["optimizer"]))
     seen.copy_(load_file(folder / "tally.safetensors")["seen"])
     return state
 
@@ -111,6 +111,10 @@ def load_model(folder: Path, device: torch.device) -> Trained:
     model = config.model.build(len(ledger.classes), config.seed)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return Trained(model.to(device).eval(), config, ledger)
+
+
+def _state(tree: dict[str, Any]) -> State:
+    return State(tree["step"], tree["identity"], tree["report"])
 
 
 def _steps(run: Path) -> list[Path]:

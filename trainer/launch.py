@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -26,6 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_loaders.faults import Fault, Refusal
+from data_loaders.progress import say
 from data_loaders.settings import dump, parse_text
 from trainer import checkpoint
 from trainer.collect import Collector
@@ -122,14 +122,14 @@ class ToCollector(ray.train.UserCallback):
                 if report["rank"] == 0:
                     self.collector.put.remote(report["key"], report["row"])
         except Exception as wrong:
-            print(f"a report was not collected: {wrong!r}", file=sys.stderr, flush=True)
+            say(f"a report was not collected: {wrong!r}")
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         try:
             faults = {str(rank): repr(wrong)[:500] for rank, wrong in worker_exceptions.items()}
             self.collector.put.remote(f"exception-{uuid.uuid4().hex[:8]}", {"exceptions": faults})
         except Exception as wrong:
-            print(f"an exception was not collected: {wrong!r}", file=sys.stderr, flush=True)
+            say(f"an exception was not collected: {wrong!r}")
 
 
 @contextmanager
@@ -182,11 +182,6 @@ def following(collector: Any) -> Iterator[None]:
     finally:
         done.set()
         thread.join(COLLECTOR_TIMEOUT_S)
-
-
-def say(*lines: str) -> None:
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)
 
 
 def _trainer(config: Config, arguments: dict[str, str], collector: Any) -> TorchTrainer:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import platform
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from data_loaders.faults import Fault, Refusal
 from data_loaders.index import Index, open_index
 from data_loaders.loader import Batch, training_batches
+from data_loaders.progress import say
 from data_loaders.sampler import scramble
 from trainer import checkpoint
 from trainer.config import Config
@@ -109,11 +109,13 @@ def first_ledger(config: Config, index: Index, drawn: np.ndarray) -> Ledger:
 def _go_on(identity: str, context: Context, model: nn.Module, optimizer: Optimizer, seen: Tensor) -> int:
     """Loads the newest checkpoint that verifies; the steps that are done."""
     folder, skipped = checkpoint.newest(context.folder)
-    _say(context, *(f"skipped {line}" for line in skipped))
+    if context.rank == 0:
+        say(*(f"skipped {line}" for line in skipped))
     if folder is None:
         return 0
     state = checkpoint.restore(folder, identity, model, optimizer, seen)
-    _say(context, f"going on from step {state.step:,}")
+    if context.rank == 0:
+        say(f"going on from step {state.step:,}")
     context.report(state.key, state.report, None)  # the run may have died before it could
     return state.step
 
@@ -143,7 +145,6 @@ def _finish(config: Config, index: Index, model: nn.Module, ledger: Ledger, cont
         facts = {
             "data": index.fingerprint,
             "groups": {name: list(values) for name, values in index.group_values.items()},
-            "classes": list(index.classes),
             "warnings": list(calibration.warnings),
             "validation": {"n": calibration.n, "nll": calibration.nll_before, "nll_calibrated": calibration.nll_after},
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -186,11 +187,6 @@ def _seed(seed: int, step: int, rank: int) -> int:
     for part in (seed, step, rank):
         word = scramble(word + np.uint64(part) + np.uint64(0x9E3779B97F4A7C15))
     return int(word[0] >> np.uint64(1))
-
-
-def _say(context: Context, *lines: str) -> None:
-    for line in lines if context.rank == 0 else ():
-        print(line, file=sys.stderr, flush=True)
 
 
 @dataclass

@@ -1,12 +1,12 @@
 """A run: its folder, and training in plain processes of this machine. Ray's way is in `launch.py`."""
 
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
 from data_loaders.index import open_index
+from data_loaders.progress import say
 from data_loaders.settings import differences, dump, parse, parse_text
 from trainer import checkpoint
 from trainer.collect import Collector
@@ -76,8 +76,7 @@ def _work(rank: int, text: str) -> None:
         heard = len(collector.lines) if collector else 0
         if collector:
             collector.put(key, row)
-            for line in collector.news(heard):
-                print(line, file=sys.stderr, flush=True)
+            say(*collector.news(heard))
 
     try:
         fit(config, Local(config.run_folder, device, rank, config.cluster.workers, collect))

@@ -3,7 +3,6 @@ imports wandb. Without a key it is offline and never touches the network; a fail
 
 import netrc
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import PositiveFloat
 
+from data_loaders.progress import say
 from data_loaders.settings import Settings
 
 
@@ -113,7 +113,7 @@ class Tracker:
 
     def _say(self, problem: str) -> None:
         if self.problem is None:
-            print(problem, file=sys.stderr, flush=True)
+            say(problem)
         self.problem = problem
 
 

@@ -6,11 +6,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_loaders.sources.rows import Row
-from data_loaders.splits import TRAIN, Splits, counts
+from data_loaders.splits import TRAIN, Splits
 
 shares = st.sampled_from([0.0, 0.01, 0.1, 0.15, 0.25, 0.33, 0.45, 0.49]) | st.floats(0, 0.49)
 drawn_splits = st.builds(Splits, val=shares, test=shares, seed=st.integers(0, 9))
 strata_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=30) | st.lists(st.just(1), min_size=1, max_size=200)
+
+
+def counts(rows: list[Row]) -> dict[str, int]:
+    """Rows of each split, in the order of first appearance."""
+    return dict(Counter(row.split for row in rows))
 
 
 def rows_of(sizes: list[int]) -> list[Row]:
