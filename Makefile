@@ -2,7 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check slow lock clean
+# Of the local Ray head that `make head` starts and `make submit` uses.
+PORT ?= 6379
+DASHBOARD ?= 8265
+CPUS ?= 4
+
+.PHONY: setup demo test check slow head submit lock clean
 
 setup: .venv/ready
 
@@ -29,6 +34,17 @@ check: setup
 
 slow: setup
 	$(BIN)/python -m pytest -q -m slow
+
+# A Ray head on this machine, until Ctrl-C. It listens on the loopback only, and to those who hold the token. (Ray would
+# turn 127.0.0.1 into the address of the network.)
+head: setup
+	@umask 077; RAY_AUTH_MODE=token $(BIN)/ray get-auth-token --generate > /dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" RAY_AUTH_MODE=token $(BIN)/ray start --head --block --disable-usage-stats \
+	  --node-ip-address=127.0.1.1 --port=$(PORT) --dashboard-host=127.0.0.1 --dashboard-port=$(DASHBOARD) --num-cpus=$(CPUS)
+
+# Runs a job there, in a copy of this folder without what .gitignore names: make submit JOB="jobs.train CONFIG folder=/whole/path"
+submit: setup
+	RAY_AUTH_MODE=token $(BIN)/ray job submit --address=http://127.0.0.1:$(DASHBOARD) --working-dir=. -- python -m $(JOB)
 
 lock:
 	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes --no-header \

@@ -9,7 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_loaders.faults import Fault, Refusal
+
 MANIFEST = "MANIFEST.json"
+JOB_FOLDER = "working_dir_files"
+"""Of Ray, where it unpacks what `ray job submit --working-dir` sends."""
+
+
+def lasting(path: Path, setting: str) -> Path:
+    """The whole path. Refuses one in the copy of the project that a submitted Ray job runs in, which does not last."""
+    whole = path.resolve()
+    if JOB_FOLDER in whole.parts:
+        fix = "give the whole path of a folder that every node sees"
+        raise Refusal("The results would be lost:", [Fault(setting, f"{path} is in the job's temporary copy", fix)])
+    return whole
 
 
 def write(path: Path, content: bytes | str) -> None:

@@ -64,6 +64,7 @@ class Ingest(Settings):
 def ingest(settings: Ingest, run: Run) -> Path:
     """Writes the data set; the path of its dataset.json. Everything that is wrong is found in one pass."""
     out = settings.out
+    durable.lasting(out, "out")
     if (out / "dataset.json").exists():
         fault = Fault(str(out), "holds a data set already", "give another out=…, or remove it")
         raise Refusal("Nothing was written:", [fault], 73)

@@ -8,13 +8,14 @@ ticket of a stratum takes the d-th row of an endless shuffled walk over its rows
 and the rows of a stratum repeat evenly. There is no state, and no table longer than the rows themselves.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from data_loaders.faults import Fault, Refusal
 from data_loaders.index import Index, Ints
@@ -24,6 +25,8 @@ ROUNDS = 8
 LEAST_HALF_BITS = 3
 """Six rounds, or fewer bits, are measurably not uniform over the orders of a stratum of two to seven rows."""
 CHUNK = 2**20
+KEEP = 2**63
+"""Keys the choice of the rows that are kept, apart from all strata and cycles."""
 
 
 class Sampler(Protocol):
@@ -38,16 +41,21 @@ class Sampler(Protocol):
         ...
 
 
-class Stratified(Settings):
-    """Draws each stratum in proportion to (its size) ** temper."""
+class Strata(Settings):
+    """What all samplers have: the rows are divided into strata."""
 
-    kind: Literal["stratified"] = "stratified"
     by: Literal["label", "group", "label_and_group"] = "label"
     """What makes two rows belong to one stratum."""
     columns: tuple[str, ...] = ()
     """Group columns that count for `by`; by default all, intersected."""
-    temper: float = Field(default=0.0, ge=0.0, le=1.0)
-    """0 draws every stratum equally often (class-balanced), 1 as often as it occurs (natural order)."""
+
+    @abstractmethod
+    def tickets(self, sizes: Ints) -> Ints:
+        """How often each stratum is drawn in a cycle, [S], where so many rows of each are drawn from, [S]."""
+
+    def kept(self, strata: Ints, seed: int) -> Ints:
+        """Which of the N rows are drawn at all, in order; strata [N]."""
+        return np.arange(len(strata))
 
     def over(self, index: Index, rows: Ints, seed: int) -> "TicketSampler":
         """The stream over these rows of the data set."""
@@ -56,12 +64,9 @@ class Stratified(Settings):
         if absent:
             faults = [Fault("data", f"no training row of {index.classes[k]!r}", "add images of it") for k in absent]
             raise Refusal("A class cannot be learned:", faults, 65)
-        return TicketSampler(rows, labels, self._strata(index, rows), len(index.classes), self, seed)
-
-    def tickets(self, sizes: Ints) -> Ints:
-        """Tickets per stratum, [S]: exact at temper 0 and 1, within 1 % of the smallest share between."""
-        scaled = np.rint(100 * sizes**self.temper * float(sizes.min()) ** (1 - self.temper)).astype(np.int64)
-        return scaled // np.gcd.reduce(scaled)
+        strata = self._strata(index, rows)
+        kept = self.kept(strata, seed)
+        return TicketSampler(rows[kept], labels[kept], strata[kept], len(index.classes), self, seed)
 
     def _strata(self, index: Index, rows: Ints) -> Ints:
         names = list(index.group_values)
@@ -79,7 +84,40 @@ class Stratified(Settings):
         return np.unique(np.stack(used, 1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
-AnySampler = Stratified
+class Stratified(Strata):
+    """Draws each stratum in proportion to (its size) ** temper; below 1, that oversamples the rare ones."""
+
+    kind: Literal["stratified"] = "stratified"
+    temper: float = Field(default=0.0, ge=0.0, le=1.0)
+    """0 draws every stratum equally often (class-balanced), 1 as often as it occurs (natural order)."""
+
+    def tickets(self, sizes: Ints) -> Ints:
+        """Exact at temper 0 and 1, within 1 % of the smallest share between."""
+        scaled = np.rint(100 * sizes**self.temper * float(sizes.min()) ** (1 - self.temper)).astype(np.int64)
+        return scaled // np.gcd.reduce(scaled)
+
+
+class Undersampled(Strata):
+    """Keeps as many rows of each stratum as the smallest one has, chosen once, and draws the strata equally often. Each
+    member of an ensemble keeps others: balanced bagging (EasyEnsemble, Liu et al. 2009)."""
+
+    kind: Literal["undersampled"] = "undersampled"
+    keep: PositiveInt | None = None
+    """Most rows that are kept of a stratum; by default as many as the smallest has."""
+
+    def tickets(self, sizes: Ints) -> Ints:
+        return np.ones(len(sizes), np.int64)
+
+    def kept(self, strata: Ints, seed: int) -> Ints:
+        """The rows that a walk of its own through each stratum meets first."""
+        sizes = np.bincount(strata)
+        order = np.argsort(strata, kind="stable")
+        place = np.arange(len(strata)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of each row within its stratum
+        place = permute(place, np.repeat(sizes, sizes), seed, KEEP, np.repeat(np.arange(len(sizes)), sizes))
+        return np.sort(order[place < (self.keep or sizes.min())])
+
+
+AnySampler = Annotated[Stratified | Undersampled, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -93,7 +131,7 @@ class TicketSampler:
     strata: Ints
     """Their strata, [N], in 0 … S-1, none empty."""
     classes: int
-    settings: Stratified
+    settings: Strata
     seed: int
     sizes: Ints = field(init=False)
     tickets: Ints = field(init=False)

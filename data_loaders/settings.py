@@ -30,6 +30,10 @@ class Settings(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
     )
 
+    def faults(self) -> list[Fault]:
+        """What is wrong between its parts, each at the dotted path of a setting; asked of the whole tree."""
+        return []
+
 
 class _Dumper(yaml.SafeDumper):
     def represent_str(self, data: str) -> yaml.ScalarNode:
@@ -52,7 +56,9 @@ def parse(kind: type[S], words: Sequence[str]) -> S:
     faults: list[Fault] = []
     beside: list[Change] = []  # the words since the last file
     for word in words:
-        path, is_change, value = word.partition("=")
+        path, is_change, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and not is_change:
+            is_change, value = "=", "true"
         if is_change:
             beside += _from_text(value, path, faults, tuple(path.split(".")))
         elif Path(word).suffix in {".yaml", ".yml"}:
@@ -120,6 +126,15 @@ def describe(kind: type[Settings], prefix: str = "") -> Iterator[str]:
             yield from describe(choice, f"{prefix}{name}.")
 
 
+def value_of(text: str) -> Any:
+    """What YAML text stands for; scalars stay text until a typed tree reads them. ValueError if it is not YAML."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as wrong:
+        raise ValueError("is not YAML") from wrong
+    return None if node is None else _value(node)
+
+
 def variants(annotation: Any) -> list[type[Settings]]:
     """The settings classes that an annotation admits; empty for a plain value."""
     if get_origin(annotation) is Annotated:
@@ -160,6 +175,8 @@ def _build(kind: type[S], tree: Tree, changes: Iterable[Change], faults: list[Fa
         settings = kind.model_validate(tree)
     except ValidationError as wrong:
         faults += [_as_fault(tree, error, places) for error in wrong.errors()]
+    else:
+        faults += [fault._replace(where=_given(fault.where, places)) for fault in settings.faults()]
     if faults:
         raise Refusal(f"{len(faults)} fault{'s' * (len(faults) > 1)} in the settings:", faults)
     return settings
@@ -171,14 +188,14 @@ def _put(node: Tree, choices: list[type[Settings]], path: tuple[str, ...], chang
     by_kind = {kind_of(choice): choice for choice in choices}
     if name == "kind" and not rest and None not in by_kind:
         if not isinstance(change.value, str) or change.value not in by_kind:
-            faults.append(Fault(change.where, f"no kind {change.value!r}", _nearest(str(change.value), by_kind)))
+            faults.append(Fault(change.where, f"no kind {change.value!r}", nearest(str(change.value), by_kind)))
         elif node.get("kind") != change.value:
             node.clear()  # the settings of the former kind do not carry over
             node["kind"] = change.value
         return
     fields = (by_kind.get(node.get("kind")) or choices[0]).model_fields
     if name not in fields:
-        faults.append(Fault(change.where, f"no setting {'.'.join(change.path)!r}", _nearest(name, fields)))
+        faults.append(Fault(change.where, f"no setting {'.'.join(change.path)!r}", nearest(name, fields)))
         return
     inner = variants(fields[name].annotation)
     if inner and (rest or isinstance(change.value, dict)):
@@ -230,10 +247,16 @@ def _mapping_depth(annotation: Any) -> int:
     return max(map(_mapping_depth, get_args(annotation)), default=0) if get_origin(annotation) is not tuple else 0
 
 
-def _nearest(name: str, known: Iterable[str | None]) -> str:
+def nearest(name: str, known: Iterable[str | None]) -> str:
+    """What was probably meant; else all that there is."""
     names = [k for k in known if k]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(names)}"
+
+
+def _given(path: str, places: dict[tuple[str, ...], str]) -> str:
+    """Where the setting at a dotted path was given, or the path itself."""
+    return next((where for place, where in places.items() if ".".join(place) == path), path)
 
 
 def _as_fault(tree: Tree, error: Any, places: dict[tuple[str, ...], str]) -> Fault:

@@ -50,6 +50,7 @@ def run(settings: Predict) -> None:
     from trainer.context import device_for
     from trainer.predict import predict
 
+    durable.lasting(settings.out, "out")
     trained = load_model(settings.run / "model", device_for(settings.device))
     asked = settings.decision.model_fields_set if settings.decision else set()
     given = {name: getattr(settings.decision, name) for name in asked}

@@ -27,8 +27,10 @@ class Report(Settings):
 
 
 def run(settings: Report) -> None:
+    from data_loaders import durable
     from trainer.report.page import read_run, write
 
+    durable.lasting(settings.out, "out")
     write([read_run(folder) for folder in settings.runs], settings.out)
     print(f"report in {settings.out}, its data in {settings.out.with_suffix('.json')}")
 

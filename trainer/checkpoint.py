@@ -21,7 +21,7 @@ from data_loaders.settings import dump, parse
 from trainer.config import Config
 from trainer.context import Row
 from trainer.decision.ledger import Ledger
-from trainer.networks import Classifier
+from trainer.networks import Classifier, Ensemble
 
 
 class State(NamedTuple):
@@ -87,7 +87,7 @@ def restore(folder: Path, identity: str, model: nn.Module, optimizer: Optimizer,
 class Trained:
     """A model with all that is needed to use it."""
 
-    model: Classifier
+    model: Classifier | Ensemble
     config: Config
     ledger: Ledger
 
@@ -108,9 +108,16 @@ def load_model(folder: Path, device: torch.device) -> Trained:
         raise Refusal("The model cannot be used:", [Fault(str(folder), wrong, "train it first, or restore it")], 65)
     config = parse(Config, [str(folder / "config.yaml")])
     ledger = Ledger.from_json(json.loads((folder / "ledger.json").read_bytes()))
-    model = config.model.build(len(ledger.classes), config.seed)
+    model = empty(config, len(ledger.classes))
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return Trained(model.to(device).eval(), config, ledger)
+
+
+def empty(config: Config, classes: int) -> Classifier | Ensemble:
+    """The model of a config before its weights are loaded."""
+    if config.train.members == 1:
+        return config.model.build(classes, config.seed)
+    return Ensemble([config.model.build(classes, member.seed) for member in config.members()], classes)
 
 
 def _state(tree: dict[str, Any]) -> State:

@@ -7,25 +7,36 @@ Rows have keys. A repeated interval, after a restart, brings its row again: it i
 import json
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 
 from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
-from data_loaders.index import open_index
+from data_loaders.index import Index, open_index
 from data_loaders.settings import parse_text
 from trainer.config import Config
 from trainer.context import Row
-from trainer.metrics.catalogue import RATES
-from trainer.metrics.groups import groupings
+from trainer.metrics.catalogue import RATES, coarse_bins, divide
+from trainer.metrics.intervals import wilson
 from trainer.metrics.long_table import rows, table
 from trainer.metrics.tally import Shape, Tally
-from trainer.tracking import Tracker
+from trainer.tracking import CONFUSION, RELIABILITY, Artifact, Tracker
 
 VARYING = ("speed",)
 """What a repeated interval need not repeat."""
+GROUP_COLUMNS = {
+    f"{rate}_{part}".removesuffix("_value"): (rate, part)
+    for rate in ("accuracy", "balanced_accuracy", "worst_recall", "nll", "brier", "ece")
+    for part in ("value", "low", "high")
+    if part == "value" or rate in ("accuracy", "nll", "brier")
+}
+"""What W&B's table by group tells, and of which rate: its value, and its interval where that needs no bootstrap."""
+MOST_CLASSES = 100
+"""Whose whole confusion matrix W&B takes: it cuts a table off after 10,000 rows."""
 
 
 class Collector:
@@ -39,13 +50,13 @@ class Collector:
         self.folder = self.config.run_folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log_path = self.folder / "log.jsonl"
-        self.known = _read(self.log_path)
+        self.known = read_log(self.log_path)
         self.repeated = self.mismatched = 0
         self.lines: list[str] = []
         tree = self.config.model_dump(mode="json")
         facts = {"data_fingerprint": index.fingerprint, "identity": self.config.identity}
-        run_id = f"{self.config.name}-{self.config.identity}"
-        self.tracker = Tracker(self.config.tracking, self.folder, self.config.name, run_id, tree | facts)
+        self.tracker = _tracker(self.config, tree | facts)
+        self.tracker.uses(_data_artifact(index))
 
     def put(self, key: str, row: Row) -> None:
         """Takes a row, once for each key."""
@@ -77,8 +88,12 @@ class Collector:
             pyarrow.parquet.write_table(table(long), aside)
         summary = {"rows": len(reports), "repeated": self.repeated, "mismatched": self.mismatched}
         if reports:
-            self._table(self._tally(reports[-1], "validation"))
-            summary |= self._scalars("validation", self._tally(reports[-1], "validation"))
+            tally = self._tally(reports[-1], "validation")
+            scores = self._scalars("validation", tally)
+            summary |= scores
+            self._draw(tally)
+            if exit_code == 0 and durable.damage(self.folder / "model") is None:
+                self.tracker.makes(self._model_artifact(scores), ["latest", f"step-{reports[-1]['step']}"])
         self.tracker.close(summary, exit_code)
         return summary | {"tracked": self.tracker.place, "tracking_problem": self.tracker.problem}
 
@@ -86,8 +101,10 @@ class Collector:
         """One line to say, and one step in W&B."""
         numbers = self._scalars("train", self._interval(row, before))
         numbers |= self._scalars("validation", self._tally(row, "validation"))
-        speed = {name: row["speed"][name] for name in ("seconds_per_step", "waiting_for_data")}
-        self.tracker.log({"step": row["step"], "lr": row["lr"], **speed, **numbers})
+        speed = {name: value for name, value in row["speed"].items() if isinstance(value, int | float)}
+        system = {f"system/{name}": value for name, value in speed.items() if name != "pid"}
+        numbers["validation/calibrated_nll"] = row["calibrated_nll"]
+        self.tracker.log({"step": row["step"], "lr": row["lr"], **system, **numbers})
         left = (row["steps"] - row["step"]) * speed["seconds_per_step"]
         self.lines.append(
             f"{self.config.name}: step {row['step']:,} of {row['steps']:,}, train NLL {numbers['train/nll']:.3f}, "
@@ -108,16 +125,24 @@ class Collector:
         numbers |= {f"{split}/recall/{name}": float(value) for name, value in recalls}
         return {name: value for name, value in numbers.items() if not math.isnan(value)}
 
-    def _table(self, tally: Tally) -> None:
-        lines = [
-            (grouping.name, group, int(grouped.n[g]), *(float(RATES[name].value(grouped)[g]) for name in chosen))
-            for chosen in [("accuracy", "balanced_accuracy", "worst_recall", "nll", "brier", "ece")]
-            for grouping in groupings(self.group_values)
-            for grouped in [grouping.of(tally)]
-            for g, group in enumerate(grouping.groups)
-        ]
-        columns = ["grouping", "group", "n", "accuracy", "balanced_accuracy", "worst_recall", "nll", "brier", "ece"]
-        self.tracker.table("validation/groups", columns, lines)
+    def _draw(self, tally: Tally) -> None:
+        """What W&B shows of a tally: tables by group, the confusion matrix and the reliability diagram."""
+        lines = list(rows(tally, self.classes, self.group_values, bootstrap=False))
+        columns = ["grouping", "group", "n", *GROUP_COLUMNS]
+        self.tracker.table("validation/groups", columns, _by_group(lines))
+        columns = ["grouping", "group", "class", "n", "value", "low", "high"]
+        recalls = [[line[name] for name in columns] for line in lines if line["metric"] == "recall"]
+        self.tracker.table("validation/recalls", columns, recalls)
+        columns = ["Actual", "Predicted", "nPredictions"]
+        self.tracker.table("validation/confusion", columns, _confusion(tally, self.classes), CONFUSION)
+        columns = ["confidence", "line", "accuracy", "low", "high", "n"]
+        self.tracker.table("validation/reliability", columns, _reliability(tally), RELIABILITY)
+
+    def _model_artifact(self, scores: Mapping[str, float]) -> Artifact:
+        folder = self.folder / "model"
+        facts = json.loads((folder / "facts.json").read_bytes())
+        facts |= {"identity": self.config.identity, "scores": dict(scores)}
+        return Artifact(f"model-{self.config.name}", "model", sorted(folder.iterdir()), facts)
 
     def _rows(self, row: Row, before: Row | None) -> list[dict[str, Any]]:
         key = {"run": self.config.name, "step": row["step"]}
@@ -150,11 +175,73 @@ class Collector:
         return reports[-1] if reports else None
 
 
+def add_images(config: Config, name: str, pictures: Sequence[tuple[str, Path]]) -> tuple[str, str | None]:
+    """Adds pictures, each a caption and a file, to the W&B run of a training that is over; where the run is to be seen,
+    and what went wrong.
+
+    Online the run is resumed. Offline this makes a second file of the same run, and `wandb sync` uploads the files of
+    one run in the order of their start, the second as going on from the first.
+    """
+    tracker = _tracker(config, {})
+    tracker.images(name, pictures)
+    tracker.close({})
+    return tracker.place, tracker.problem
+
+
+def _tracker(config: Config, facts: Mapping[str, Any]) -> Tracker:
+    """The W&B run of a training; its id is the same whoever opens it. W&B makes names of at most 128 signs from it."""
+    run_id = f"{config.name[:64]}-{config.identity}"
+    return Tracker(config.tracking, config.run_folder, config.name, run_id, facts)
+
+
+def _data_artifact(index: Index) -> Artifact:
+    """The data set as its manifest, which holds the hash of every file, without the images."""
+    k = len(index.classes)
+    counts = {name: np.bincount(index.labels[index.rows_of(name)], minlength=k).tolist() for name in index.splits}
+    facts = {
+        "fingerprint": index.fingerprint,
+        "rows": {split: dict(zip(index.classes, count, strict=True)) for split, count in counts.items()},
+        "classes": list(index.classes),
+        "groups": {name: list(values) for name, values in index.group_values.items()},
+    }
+    return Artifact(f"data-{index.folder.resolve().name}", "dataset", [index.folder / "dataset.json"], facts)
+
+
+def _by_group(lines: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Grouping, group, n and GROUP_COLUMNS of each group."""
+    known = {(line["grouping"], line["group"], line["metric"]): line for line in lines if not line["class"]}
+    return [
+        [grouping, group, line["n"], *(known[grouping, group, rate][part] for rate, part in GROUP_COLUMNS.values())]
+        for (grouping, group, metric), line in known.items()
+        if metric == "accuracy"
+    ]
+
+
+def _confusion(tally: Tally, classes: tuple[str, ...]) -> list[list[Any]]:
+    """True class, decision, samples; of very many classes only the cells that are not empty."""
+    counts = tally.overall().confusion[0].tolist()
+    return [
+        [classes[i], classes[j], n]
+        for i, row in enumerate(counts)
+        for j, n in enumerate(row)
+        if n or len(classes) <= MOST_CLASSES
+    ]
+
+
+def _reliability(tally: Tally) -> list[list[Any]]:
+    """Mean confidence, line, accuracy with its interval and n of each bin that is not empty; and the diagonal, on which
+    a calibrated model lies."""
+    n, right, confidence = np.moveaxis(coarse_bins(tally.overall())[0], 1, 0)
+    points = np.stack([divide(confidence, n), divide(right, n), *wilson(right, n), n], 1)[n > 0].tolist()
+    ideal = [[at, "ideal", at, None, None, None] for at in (0.0, 1.0)]
+    return [[x, "model", *rest] for x, *rest in points] + ideal
+
+
 def _lasting(row: Row) -> Row:
     return {name: value for name, value in row.items() if name not in VARYING}
 
 
-def _read(path: Path) -> dict[str, Row]:
+def read_log(path: Path) -> dict[str, Row]:
     """Rows of a log; a last line that a crash cut short is taken off."""
     if not path.exists():
         return {}

@@ -27,6 +27,8 @@ class Train(Settings):
     """Steps between two reports, each with a validation and a checkpoint."""
     keep: PositiveInt = 2
     """Checkpoints that are kept, the newest ones."""
+    members: PositiveInt = 1
+    """Models of an ensemble: each is a run of its own, with a seed of its own; their probabilities are averaged."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of convolutions and products; `auto` is bfloat16 on a GPU that has it, else float32."""
 
@@ -61,6 +63,16 @@ class Config(Settings):
                 f"data.size={self.data.size} is too small for the model, which needs {self.model.least_size}"
             )
         return self
+
+    def members(self) -> list["Config"]:
+        """The runs of an ensemble, in `members/` of its folder; no seed is shared by ensembles of other seeds."""
+        n = self.train.members
+        alone = self.train.model_copy(update={"members": 1})
+        group = self.tracking.model_copy(update={"group": self.tracking.group or self.name})
+        same = {"folder": self.run_folder / "members", "train": alone, "tracking": group}
+        return [
+            self.model_copy(update={**same, "name": f"{self.name}-{k}", "seed": self.seed * n + k}) for k in range(n)
+        ]
 
     @property
     def run_folder(self) -> Path:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REFUSED = "refused.json"
+STOP = "stop"
+"""A file of this name in a run's folder ends the training after the next report."""
 
 Row = dict[str, Any]
 """What a worker reports of a step: plain numbers and texts."""
@@ -33,8 +35,9 @@ class Cluster(Settings):
 
     on: Literal["ray", "local"] = "ray"
     """Ray Train, or plain processes of this machine."""
-    address: str = "local"
-    """Ray cluster: `local` starts one for this run, `auto` joins the one this machine belongs to, or ray://host:port."""
+    address: str | None = None
+    """Ray cluster: `local` starts one for this run, `auto` joins the one this machine belongs to, or ray://host:port.
+    By default the cluster of RAY_ADDRESS, which a submitted job has, else `local`."""
     workers: PositiveInt = 1
     """Data-parallel workers; each has one GPU, or a share of the CPU."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -47,6 +50,16 @@ class Cluster(Settings):
     """Times that Ray starts the workers again after a failure; each goes on from the newest checkpoint."""
     timeout_s: PositiveFloat = 300.0
     """Seconds that a worker waits for the others before the run fails."""
+
+    @property
+    def place(self) -> str:
+        """The address of the Ray cluster."""
+        return self.address or os.environ.get("RAY_ADDRESS", "local")
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all workers run on this machine."""
+        return self.on == "local" or self.place == "local"
 
 
 class Context(Protocol):

@@ -12,7 +12,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.exceptions import RayError
+from ray.train import UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -31,17 +33,23 @@ from trainer import checkpoint
 from trainer.collect import Collector
 from trainer.config import Config
 from trainer.context import REFUSED, Cluster, Row, all_reduce
+from trainer.ensemble import combine
 from trainer.loop import fit
-from trainer.run import Run, claim
+from trainer.run import Run, claim, untrained
 
 COLLECTOR_TIMEOUT_S = 120
+"""Beyond what W&B may take of it."""
 FOLLOW_EVERY_S = 0.5
 SETTLE_S = 10
+SPARE_CPUS = 2
+"""For what Ray does beside the workers."""
 
 
-def train(config: Config) -> Run:
-    """Trains on the workers of a Ray cluster, and leaves everything in the run's folder."""
+def train(config: Config, callbacks: Sequence[UserCallback] = ()) -> Run:
+    """Trains on the workers of a Ray cluster, and leaves everything in the run's folder; callbacks hear each report."""
     config = claim(config)
+    if config.train.members > 1:
+        return _train_members(config)
     text = dump(config)
     refused = config.run_folder / "ray" / f"{uuid.uuid4().hex[:8]}-{REFUSED}"
     refused.parent.mkdir(exist_ok=True)
@@ -52,7 +60,8 @@ def train(config: Config) -> Run:
         exit_code = 1
         try:
             with following(collector):
-                _trainer(config, {"config": text, "refused": str(refused)}, collector).fit()
+                arguments = {"config": text, "refused": str(refused)}
+                _trainer(config, arguments, [ToCollector(collector), *callbacks]).fit()
                 _settle(config, collector)
             if refused.exists():
                 raise Refusal.load(refused)
@@ -67,9 +76,29 @@ def train(config: Config) -> Run:
             title = "Training failed. The same command goes on from the newest checkpoint; the first cause was:"
             raise Refusal(title, faults, 75) from failure
         finally:
-            facts: Any = ray.get(collector.close.remote(exit_code), timeout=COLLECTOR_TIMEOUT_S)
+            facts: Any = ray.get(
+                collector.close.remote(exit_code), timeout=config.tracking.timeout_s + COLLECTOR_TIMEOUT_S
+            )
             ray.kill(collector)
     return Run(config.run_folder, facts)
+
+
+def _train_members(config: Config) -> Run:
+    """Trains the members of an ensemble, as many at once as there is room for, and averages them."""
+    with cluster(config.cluster):
+        with ThreadPoolExecutor(room(config.cluster)) as pool:
+            list(pool.map(train, untrained(config.members())))
+        combine(config)
+    return Run(config.run_folder, {})
+
+
+def room(settings: Cluster) -> int:
+    """How many trainings of this size the cluster has room for at once; at least 1, for which Ray waits."""
+    there = ray.cluster_resources()
+    rooms = [(there.get("CPU", 0) - SPARE_CPUS) // (settings.workers * settings.cpus_per_worker)]
+    if _on_gpus(settings):
+        rooms.append(there.get("GPU", 0) // settings.workers)
+    return max(1, int(min(rooms)))
 
 
 def _settle(config: Config, collector: Any) -> None:
@@ -110,7 +139,7 @@ class RayContext:
             ray.train.report(metrics, ray.train.Checkpoint.from_directory(pointer), checkpoint_dir_name=key)
 
 
-class ToCollector(ray.train.UserCallback):
+class ToCollector(UserCallback):
     """Hands the rows to the collector, from Ray's controller. It never raises, which would end the run, nor waits."""
 
     def __init__(self, collector: Any) -> None:
@@ -140,13 +169,16 @@ def cluster(settings: Cluster) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"address": settings.address, "logging_level": logging.ERROR, "log_to_driver": False}
-    if settings.address == "local":
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")  # a training has more processes than CPUs
+    address = settings.place
+    options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
+    if address == "local":
         # More CPUs than there are only means that processes share them; too few would make Ray wait for ever.
-        wanted = settings.workers * settings.cpus_per_worker + 2
-        options |= {"num_cpus": max(os.cpu_count() or 1, wanted), "include_dashboard": False}
+        each = settings.workers * settings.cpus_per_worker
+        trainings = max(1, (os.cpu_count() or 1) // each)
+        options |= {"num_cpus": trainings * each + SPARE_CPUS, "include_dashboard": False}
         options |= {"object_store_memory": 150 * 2**20}
-    say("starting Ray" if settings.address == "local" else f"joining the Ray cluster at {settings.address}")
+    say("starting Ray" if address == "local" else f"joining the Ray cluster at {address}")
     ray.init(**options)
     token = Path.home() / ".ray" / "auth_token"
     if token.exists() and token.stat().st_mode & 0o077:
@@ -184,13 +216,13 @@ def following(collector: Any) -> Iterator[None]:
         thread.join(COLLECTOR_TIMEOUT_S)
 
 
-def _trainer(config: Config, arguments: dict[str, str], collector: Any) -> TorchTrainer:
-    settings = config.cluster
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    use_gpu = settings.device == "gpu" or (settings.device == "auto" and gpus >= settings.workers)
-    if use_gpu and gpus < settings.workers and settings.address == "local":
-        fix = "set cluster.workers to as many, or cluster.device=cpu"
-        raise Refusal("The cluster is too small:", [Fault("cluster.workers", f"there are {gpus} GPUs", fix)])
+def _on_gpus(settings: Cluster) -> bool:
+    enough = ray.cluster_resources().get("GPU", 0) >= settings.workers
+    return settings.device == "gpu" or (settings.device == "auto" and enough)
+
+
+def _trainer(config: Config, arguments: dict[str, str], callbacks: list[UserCallback]) -> TorchTrainer:
+    settings, use_gpu = config.cluster, _on_gpus(config.cluster)
     say(f"starting {settings.workers} worker{'s' * (settings.workers > 1)} on {'GPUs' if use_gpu else 'CPUs'}")
     return TorchTrainer(
         _work,
@@ -205,7 +237,7 @@ def _trainer(config: Config, arguments: dict[str, str], collector: Any) -> Torch
             name=f"launch-{uuid.uuid4().hex[:8]}",  # Ray's own record; what a run goes on from is our checkpoint
             storage_path=str(config.run_folder / "ray"),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures, controller_failure_limit=3),
-            callbacks=[ToCollector(collector)],
+            callbacks=callbacks,
         ),
     )
 

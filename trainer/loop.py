@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import resource
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from data_loaders.progress import say
 from data_loaders.sampler import scramble
 from trainer import checkpoint
 from trainer.config import Config
-from trainer.context import Context
+from trainer.context import STOP, Context, Row
 from trainer.decision.calibrate import calibrate
 from trainer.decision.ledger import Ledger
 from trainer.evaluate import logits_of, tally, view
@@ -80,13 +81,15 @@ def fit(config: Config, context: Context) -> None:
             since.zero_()
             row = {"step": step + 1, "steps": steps, "lr": config.optimizer.rate(step, steps)}
             row |= {"train": Tally.of(seen.cpu().numpy(), shape).pack(), "speed": pace.since_last(step + 1 - first)}
-            row |= {"validation": _validate(config, index, model, ledger, context, shape)}
+            row |= _validate(config, index, model, ledger, context, shape)
             state = checkpoint.State(step + 1, identity, row)
             path = None
             if context.rank == 0:
                 path = checkpoint.save(context.folder, state, model, optimizer, seen, config.train.keep)
             context.report(state.key, row, path)
-    _finish(config, index, model, ledger, context)
+            if step + 1 < steps and _is_to_stop(context):
+                break
+    finish(config, index, model, ledger, context)
 
 
 def identity_of(config: Config, index: Index) -> str:
@@ -128,16 +131,29 @@ def _refuse_if_diverged(losses: int, step: int) -> None:
         raise Refusal("Training diverged:", [fault], 65)
 
 
-def _validate(config: Config, index: Index, model: nn.Module, ledger: Ledger, context: Context, shape: Shape) -> str:
-    """The packed tally of the validation split under the (not yet calibrated) ledger."""
+def _is_to_stop(context: Context) -> bool:
+    """Whether somebody asks for it; all workers get the same answer."""
+    asked = context.rank == 0 and (context.folder / STOP).exists()
+    if asked:
+        say(f"stopping, as {context.folder / STOP} asks for; without it the same command goes on")
+    return bool(context.sum(torch.tensor([asked], dtype=torch.int64, device=context.device)))
+
+
+def _validate(config: Config, index: Index, model: nn.Module, ledger: Ledger, context: Context, shape: Shape) -> Row:
+    """What the validation split says, on rank 0: the packed tally under the (not yet calibrated) ledger, and the NLL
+    that a temperature would bring."""
     rows = index.rows_of(config.data.validation)
     _same_buffers(model, context)
-    seen = view("ledger", ledger, logits_of(model, index, config.data, rows, context))
-    return tally(seen, index.labels[rows], index.cells[rows], shape).pack()
+    logits = logits_of(model, index, config.data, rows, context)
+    if context.rank:
+        return {}
+    labels = index.labels[rows]
+    seen = tally(view("ledger", ledger, logits), labels, index.cells[rows], shape)
+    return {"validation": seen.pack(), "calibrated_nll": calibrate(ledger, logits, labels).nll_after}
 
 
-def _finish(config: Config, index: Index, model: nn.Module, ledger: Ledger, context: Context) -> None:
-    """Calibrates on the validation rows and publishes the model."""
+def finish(config: Config, index: Index, model: nn.Module, ledger: Ledger, context: Context) -> None:
+    """Calibrates on the validation rows and publishes the model; every worker calls it."""
     rows = index.rows_of(config.data.validation)
     _same_buffers(model, context)
     calibration = calibrate(ledger, logits_of(model, index, config.data, rows, context), index.labels[rows])
@@ -211,5 +227,8 @@ class Pace:
         """Seconds a step and the share of them that waited for data, since the last call, after so many steps."""
         passed, done = time.monotonic() - self.began, steps - self.reported
         pace = {"seconds_per_step": passed / max(done, 1), "waiting_for_data": self.waited / max(passed, 1e-9)}
+        pace |= {"pid": os.getpid(), "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+        if torch.cuda.is_initialized():
+            pace["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
         self.began, self.waited, self.reported = time.monotonic(), 0.0, steps
-        return {**pace, "pid": os.getpid()}
+        return pace

@@ -1,5 +1,8 @@
 """The networks themselves: torch modules from uint8 images to logits."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -25,6 +28,28 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network((images - self.mean) / self.deviation)
+
+
+class Ensemble(nn.Module):
+    """Classifiers whose probabilities are averaged, after each is calibrated and brought to one prior: uint8 images
+    [B, 3, H, W] -> the log of the mean probability, [B, K], which serves as logits conditioned on that prior.
+
+    Averages of probabilities, not of logits, since each is a proper prediction (Lakshminarayanan et al. 2017).
+    """
+
+    temperatures: Tensor
+    corrections: Tensor
+
+    def __init__(self, members: Sequence[nn.Module], classes: int) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.register_buffer("temperatures", torch.ones(len(members)))
+        self.register_buffer("corrections", torch.zeros(len(members), classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        parts = zip(self.members, self.temperatures, self.corrections, strict=True)
+        log_p = [(member(images).float() / t + c).log_softmax(1) for member, t, c in parts]
+        return torch.stack(log_p).logsumexp(0) - math.log(len(log_p))
 
 
 def small_cnn(classes: int, widths: tuple[int, ...], dropout: float) -> nn.Module:

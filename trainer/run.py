@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
-from data_loaders.index import open_index
+from data_loaders.index import Index, open_index
 from data_loaders.progress import say
 from data_loaders.settings import differences, dump, parse, parse_text
 from trainer import checkpoint
 from trainer.collect import Collector
 from trainer.config import Config
 from trainer.context import Local, Row, device_for, spawn
+from trainer.ensemble import combine
 from trainer.loop import first_ledger, fit, identity_of
 
 
@@ -26,8 +27,18 @@ class Run(NamedTuple):
 def train(config: Config) -> Run:
     """Trains in processes of this machine, and leaves everything in the run's folder."""
     config = claim(config)
-    spawn(_work, config.cluster, dump(config))
+    if config.train.members > 1:
+        for member in untrained(config.members()):
+            train(member)
+        combine(config)
+    else:
+        spawn(_work, config.cluster, dump(config))
     return Run(config.run_folder, {})
+
+
+def untrained(configs: list[Config]) -> list[Config]:
+    """Those whose model is not there yet, whole."""
+    return [config for config in configs if durable.damage(config.run_folder / "model")]
 
 
 def claim(config: Config) -> Config:
@@ -35,17 +46,9 @@ def claim(config: Config) -> Config:
 
     Refuses a folder that other settings have filled.
     """
-    index = open_index(config.data.path)
-    for setting in ("train", "validation"):
-        if (split := getattr(config.data, setting)) not in index.splits:
-            fix = f"it has {', '.join(index.splits)}; calibration needs validation rows, as splits.val=0.1 draws"
-            raise Refusal("A split is missing:", [Fault(f"data.{setting}", f"no split {split!r} in the data", fix)])
-    device_for(config.cluster.device, 0, config.cluster.workers if config.cluster.on == "local" else 0)
-    rows = index.rows_of(config.data.train)
-    sampler = config.data.sampler.over(index, rows, config.seed)
-    first_ledger(config, index, sampler.counts(0, config.train.total(len(rows), config.data.batch) * config.data.batch))
+    index = check(config)
     data = config.data.model_copy(update={"path": config.data.path.resolve()})
-    config = config.model_copy(update={"folder": config.folder.resolve(), "data": data})
+    config = config.model_copy(update={"folder": durable.lasting(config.folder, "folder"), "data": data})
     saved = config.run_folder / "config.yaml"
     if saved.exists():
         former = parse(Config, [str(saved)])
@@ -63,7 +66,34 @@ def claim(config: Config) -> Config:
         fault = Fault(str(config.run_folder), f"was trained on other data than {config.data.path} holds now", fix)
         raise Refusal("The run cannot go on:", [fault], 65)
     durable.write(saved, dump(config))
+    introduce(config, index)
     return config
+
+
+def check(config: Config) -> Index:
+    """The data, after the config is sure to fit it."""
+    index = open_index(config.data.path)
+    for setting in ("train", "validation"):
+        if (split := getattr(config.data, setting)) not in index.splits:
+            fix = f"it has {', '.join(index.splits)}; calibration needs validation rows, as splits.val=0.1 draws"
+            raise Refusal("A split is missing:", [Fault(f"data.{setting}", f"no split {split!r} in the data", fix)])
+    device_for(config.cluster.device, 0, config.cluster.workers if config.cluster.is_here else 0)
+    rows = index.rows_of(config.data.train)
+    sampler = config.data.sampler.over(index, rows, config.seed)
+    first_ledger(config, index, sampler.counts(0, config.train.total(len(rows), config.data.batch) * config.data.batch))
+    return index
+
+
+def introduce(config: Config, index: Index) -> None:
+    """The first lines of a log: what is trained on what, and where it goes."""
+    place = f"of Ray at {config.cluster.place}" if config.cluster.on == "ray" else "in processes of this machine"
+    rows = len(index.rows_of(config.data.train))
+    say(
+        f"run {config.name} in {config.run_folder}",
+        f"data {index.fingerprint}, {rows:,} rows to learn from, in {config.data.path}",
+        f"settings {config.identity}",
+        f"workers {config.cluster.workers} {place}, device {config.cluster.device}",
+    )
 
 
 def _work(rank: int, text: str) -> None:

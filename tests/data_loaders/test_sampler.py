@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 
 from data_loaders.faults import Refusal
 from data_loaders.index import open_index
-from data_loaders.sampler import Stratified, TicketSampler, permute
+from data_loaders.sampler import Stratified, TicketSampler, Undersampled, permute
 
 strata_lists = st.lists(st.integers(0, 5), min_size=1, max_size=120).map(
     lambda drawn: np.unique(np.array(drawn), return_inverse=True)[1].reshape(-1)
@@ -174,3 +174,40 @@ def test_golden_order():
 
 
 GOLDEN = {0.0: [9, 3, 7, 8, 9, 0, 9, 5, 8, 7, 1, 9], 1.0: [4, 2, 1, 7, 9, 5, 0, 8, 6, 3, 7, 9]}
+
+
+@given(strata_lists, seeds)
+def test_undersampling_keeps_as_many_rows_of_each_stratum_as_the_smallest_has_and_draws_each_once_a_lap(strata, seed):
+    settings = Undersampled()
+    kept = settings.kept(strata, seed)
+    least = np.bincount(strata).min()
+    assert (np.bincount(strata[kept]) == least).all()
+    s = TicketSampler(kept, strata[kept], strata[kept], int(strata.max()) + 1, settings, seed)
+    rows = s.rows(np.arange(3 * len(kept))).reshape(3, len(kept))
+    for lap in rows:
+        assert sorted(lap) == kept.tolist()
+
+
+def test_each_seed_undersamples_other_rows_and_every_row_is_equally_likely_to_stay():
+    strata = np.repeat([0, 1, 2], [40, 8, 20])
+    kept = np.array([Undersampled().kept(strata, seed) for seed in range(2000)])
+    stays = np.bincount(kept.ravel(), minlength=len(strata))
+    assert (stays[40:48] == 2000).all()  # all of the rarest
+    assert chisquare(stays[:40]).pvalue > 1e-4
+    assert chisquare(stays[48:]).pvalue > 1e-4
+    assert len({tuple(rows) for rows in kept.tolist()}) == 2000
+
+
+def test_undersampling_to_a_number_keeps_what_a_smaller_stratum_has():
+    strata = np.repeat([0, 1, 2], [40, 8, 20])
+    kept = Undersampled(keep=15).kept(strata, 0)
+    assert np.bincount(strata[kept]).tolist() == [15, 8, 15]
+
+
+@pytest.mark.parametrize("settings", [Stratified(temper=0.5), Undersampled(), Undersampled(by="label_and_group")])
+def test_what_is_counted_is_what_is_drawn_by_every_sampler(dataset, settings):
+    index = open_index(dataset)
+    s = settings.over(index, index.rows_of("train"), 3)
+    for start, stop in [(0, 7), (5, 300), (1000, 1000)]:
+        drawn = index.labels[s.rows(np.arange(start, stop))]
+        np.testing.assert_array_equal(s.counts(start, stop), np.bincount(drawn, minlength=len(index.classes)))

@@ -17,6 +17,7 @@ from data_loaders.faults import Refusal
 from data_loaders.ingest import Ingest
 from data_loaders.settings import Settings, describe, dump, parse, parse_text
 from trainer.config import Config
+from trainer.space import Tuning
 
 ROOT = Path(__file__).parent.parent.parent
 JOBS = sorted(p.stem for p in (ROOT / "jobs").glob("*.py") if p.stem not in {"__init__", "command"})
@@ -48,11 +49,11 @@ def test_help_says_what_a_job_does_with_an_example_and_waits_for_neither_torch_n
     assert done.stdout.startswith(str(importlib.import_module(f"jobs.{job}").__doc__).strip()[:30])
 
 
-@pytest.mark.parametrize("kind", [Config, Ingest])
+@pytest.mark.parametrize("kind", [Config, Ingest, Tuning])
 def test_help_lists_every_setting_with_its_type_and_default(kind: type[Settings]):
     lines = list(describe(kind))
     named = [line.split()[0] for line in lines if line.startswith("  ") and "(" in line and not line.startswith("   ")]
-    for path in ("seed", "train.epochs", "optimizer.momentum", "data.sampler.temper") if kind is Config else ("out",):
+    for path in ("out",) if kind is Ingest else ("seed", "train.epochs", "optimizer.momentum", "data.sampler.temper"):
         assert path in named
     temper = [line for line in lines if "data.sampler.temper" in line]
     assert temper in ([], ["  data.sampler.temper = 0.0  (float, >= 0.0, <= 1.0)"])
@@ -60,7 +61,8 @@ def test_help_lists_every_setting_with_its_type_and_default(kind: type[Settings]
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_loads_says_its_purpose_and_command_and_reloads_to_itself(path: Path):
-    kind = Ingest if "source:" in path.read_text() else Config
+    text = path.read_text()
+    kind = Ingest if "source:" in text else Tuning if "search:" in text else Config
     config = parse(kind, [str(path)])
     assert parse_text(kind, dump(config)) == config
     lines = path.read_text().splitlines()

@@ -22,6 +22,11 @@ def records(path: Path) -> Iterator[Any]:
         yield record
 
 
+def run(path: Path) -> Any:
+    """The record that begins the run."""
+    return next(r.run for r in records(path) if r.WhichOneof("record_type") == "run")
+
+
 def history(path: Path) -> list[dict[str, Any]]:
     return [_values(r.history.item) for r in records(path) if r.WhichOneof("record_type") == "history"]
 
@@ -31,6 +36,8 @@ def config(path: Path) -> dict[str, Any]:
     for record in records(path):
         if record.WhichOneof("record_type") == "run":
             found |= _values(record.run.config.update)
+        elif record.WhichOneof("record_type") == "config":
+            found |= _values(record.config.update)
     return found
 
 
@@ -40,6 +47,34 @@ def summary(path: Path) -> dict[str, Any]:
         if record.WhichOneof("record_type") == "summary":
             found |= _values(record.summary.update)
     return found
+
+
+def table(path: Path, name: str) -> list[dict[str, Any]]:
+    """Rows of the last table of this name; of a chart's, which is called NAME_table."""
+    place = [line[f"{name}/path"] for line in history(path) if f"{name}/path" in line][-1]
+    tree = json.loads((path.parent / "files" / place).read_bytes())
+    return [dict(zip(tree["columns"], row, strict=True)) for row in tree["data"]]
+
+
+def charts(path: Path) -> dict[str, dict[str, Any]]:
+    """Settings of each chart by its name."""
+    start = "_wandb/visualize/"
+    return {
+        name.removeprefix(start): value["panel_config"]
+        for name, value in config(path).items()
+        if name.startswith(start)
+    }
+
+
+def artifacts(path: Path, kind: str) -> list[Any]:
+    """Records of the artifacts of this type; `use_after_commit` says that one is an input of the run."""
+    found = [record.artifact for record in records(path) if record.WhichOneof("record_type") == "artifact"]
+    return [artifact for artifact in found if artifact.type == kind]
+
+
+def stats(path: Path) -> list[dict[str, Any]]:
+    """System metrics of the machine that the collector runs on."""
+    return [_values(r.stats.item) for r in records(path) if r.WhichOneof("record_type") == "stats"]
 
 
 def exit_codes(path: Path) -> list[int]:

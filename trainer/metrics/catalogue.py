@@ -5,6 +5,7 @@ is NaN, never 0. A disparity compares a rate over the groups. A fairness metric 
 write the function and its line in the table.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -169,6 +170,22 @@ def disparity(name: str, tally: Tally) -> Floats:
     """[] or [K] a fairness metric over the groups of a tally."""
     rate, over_groups = FAIRNESS[name]
     return DISPARITIES[over_groups](RATES[rate].value(tally))
+
+
+def better(name: str) -> Literal["higher", "lower", "neither"]:
+    """In which direction a rate or a fairness metric is good."""
+    if name in RATES:
+        return RATES[name].better
+    return "lower" if FAIRNESS[name][1] == "difference" else "higher"
+
+
+def single(name: str, tally: Tally) -> float:
+    """One number of a rate, over all samples, or of a fairness metric, over the groups of the tally; of a metric by
+    class, that of the worst class. NaN where nothing was counted."""
+    value = RATES[name].value(tally.overall())[0] if name in RATES else disparity(name, tally)
+    values = np.asarray(value)[~np.isnan(value)]
+    worst = np.max if better(name) == "lower" else np.min
+    return float(worst(values)) if values.size else math.nan
 
 
 def divide(part: NDArray, whole: NDArray) -> Floats:

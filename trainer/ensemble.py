@@ -1,0 +1,37 @@
+"""Several models as one: each member's probabilities are calibrated, brought to the prior of use, and averaged.
+
+Members that learn from undersampled rows each keep others of the majority: balanced bagging (Liu et al. 2009).
+"""
+
+import numpy as np
+import torch
+
+from data_loaders.index import open_index
+from trainer.checkpoint import Trained, load_model
+from trainer.config import Config
+from trainer.context import Local, device_for
+from trainer.loop import finish
+from trainer.metrics.catalogue import Floats
+from trainer.networks import Ensemble
+
+
+def combine(config: Config) -> None:
+    """Publishes the ensemble whose members are trained, calibrated anew on the validation rows, on this machine: an
+    average of calibrated probabilities is too cautious (Rahaman & Thiery 2021)."""
+    device = device_for("cpu" if config.cluster.device == "cpu" else "auto")
+    torch.set_num_threads(config.cluster.threads * config.cluster.workers)
+    members = [load_model(member.run_folder / "model", device) for member in config.members()]
+    ledger = members[0].ledger
+    drawn = np.mean([m.ledger.training_prior for m in members], axis=0)
+    model = average(members, ledger.deployment_prior).to(device)
+    ledger = config.decision.ledger(ledger.classes, ledger.natural_prior, drawn, ledger.deployment_prior)
+    finish(config, open_index(config.data.path), model, ledger, Local(config.run_folder, device))
+
+
+def average(members: list[Trained], prior: Floats) -> Ensemble:
+    """The mean of the members' calibrated probabilities where classes occur as in prior, [K]."""
+    ensemble = Ensemble([m.model for m in members], len(prior))
+    for k, ledger in enumerate(m.ledger for m in members):
+        ensemble.temperatures[k] = ledger.temperature
+        ensemble.corrections[k] = torch.from_numpy(np.log(prior) - np.log(ledger.logit_prior))
+    return ensemble
