@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 from data_loaders.decode import Pixels
 from data_loaders.settings import Settings
 
+MOST_AREA = 4.0
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -42,7 +43,7 @@ class Standard(Settings):
 
     kind: Literal["standard"] = "standard"
     area: tuple[PositiveFloat, PositiveFloat] = (0.35, 1.0)
-    """Least and greatest area of the crop, as a share of the image's: 1 is no zoom."""
+    """Least and greatest area of the crop, as a share of the image's: 1 is no zoom, less zooms in, more zooms out."""
     aspect: tuple[PositiveFloat, PositiveFloat] = (0.75, 4 / 3)
     """Least and greatest width / height of the crop."""
     flip_horizontal: Probability = 0.5
@@ -56,24 +57,30 @@ class Standard(Settings):
     def _ordered(self) -> "Standard":
         if self.area[0] > self.area[1] or self.aspect[0] > self.aspect[1]:
             raise ValueError("the least value stands before the greatest")
-        if self.area[1] > 1:
-            raise ValueError("a crop cannot have more area than its image: area is at most 1")
+        if self.area[1] > MOST_AREA:
+            raise ValueError(f"beyond an area of {MOST_AREA:g} a crop would be mirrors only")
         return self
 
     def __call__(self, image: Pixels, size: int, random: np.random.Generator) -> Pixels:
         left, top, width, height = self._box(image.shape[1], image.shape[0], random)
+        if self.area[1] > 1:
+            image, left, top = _mirrored(image, left, top, width, height)
         crop = _resample(image, left, top, width, height, size)
         crop = _flipped(crop, random, self.flip_horizontal, self.flip_vertical)
         angle = random.uniform(-self.rotation, self.rotation)
         return _turned(crop, angle) if angle else crop
 
     def _box(self, width: int, height: int, random: np.random.Generator) -> tuple[float, float, float, float]:
-        """Left, top, width, height of the crop, in pixels; an aspect that does not fit is narrowed until it does."""
-        area = random.uniform(*self.area) * width * height
+        """Left, top, width, height of the crop, in pixels: inside the image, or around it if its area is larger. An
+        aspect that does not fit is narrowed until it does."""
+        zoom = random.uniform(*self.area)
+        area = zoom * width * height
         aspect = math.exp(random.uniform(math.log(self.aspect[0]), math.log(self.aspect[1])))
-        aspect = min(max(aspect, area / height**2), width**2 / area)
-        w, h = min(math.sqrt(area * aspect), width), min(math.sqrt(area / aspect), height)
-        return random.uniform(0, width - w), random.uniform(0, height - h), w, h
+        least, most = sorted((area / height**2, width**2 / area))
+        aspect = min(max(aspect, least), most)
+        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        w, h = (min(w, width), min(h, height)) if zoom <= 1 else (max(w, width), max(h, height))
+        return random.random() * (width - w), random.random() * (height - h), w, h
 
 
 class PadCrop(Settings):
@@ -101,6 +108,15 @@ def _resample(image: Pixels, left: float, top: float, width: float, height: floa
         return image
     box = (left, top, left + width, top + height)
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box, reducing_gap=2.0))
+
+
+def _mirrored(image: Pixels, left: float, top: float, width: float, height: float) -> tuple[Pixels, float, float]:
+    """The image with its mirror images around it, as far as the box reaches out of it, and the corner of the box there:
+    black bands would be a feature of all that is zoomed out."""
+    before = math.ceil(max(0, -top)), math.ceil(max(0, -left))
+    after = math.ceil(max(0, top + height - image.shape[0])), math.ceil(max(0, left + width - image.shape[1]))
+    wide = np.pad(image, (*zip(before, after, strict=True), (0, 0)), mode="symmetric")
+    return wide, left + before[1], top + before[0]
 
 
 def _flipped(image: Pixels, random: np.random.Generator, horizontal: float, vertical: float) -> Pixels:

@@ -1,4 +1,5 @@
-"""The whole way on the built-in images: ingest, train twice with Ray on two workers, evaluate, report.
+"""The whole way on the built-in images: ingest, audit, train twice with Ray on two workers, evaluate, probe, explain,
+report.
 
 The first model learns from rows as they come and decides by a bare argmax. The second draws every class equally often,
 and its ledger brings the probabilities back to the natural prior, calibrates them and decides by cost.
@@ -28,7 +29,7 @@ class Demo(Settings):
 def run(settings: Demo) -> None:
     began = time.monotonic()
     from data_loaders.ingest import Ingest
-    from jobs import evaluate, ingest, report
+    from jobs import audit, evaluate, explain, ingest, report
     from trainer.config import Config
     from trainer.launch import cluster, train
 
@@ -37,6 +38,8 @@ def run(settings: Demo) -> None:
     _say(f"python -m jobs.ingest {SHOWN}/demo_data.yaml")
     words = [str(CONFIGS / "demo_data.yaml"), f"source.folder={root / 'images'}", f"out={data}"]
     ingest.run(parse(Ingest, words))
+    _say(f"python -m jobs.audit data={data}")
+    audit.run(audit.Audit(data=data))
 
     configs = [parse(Config, [str(CONFIGS / f"demo_{name}.yaml")]) for name in ("natural", "balanced")]
     configs = [override(config, {"folder": root / "runs", "data.path": data}) for config in configs]
@@ -45,9 +48,15 @@ def run(settings: Demo) -> None:
             _say(f"python -m jobs.train {SHOWN}/demo_{config.name}.yaml")
             trained = train(config)
             print(f"W&B run in {trained.facts['tracked']}")
+    splits = ("train", "test", "test_balanced")
     for config in configs:
-        _say(f"python -m jobs.evaluate run={config.run_folder}")
-        evaluate.evaluate_run(evaluate.Evaluate(run=config.run_folder, splits=("test", "test_balanced"), device="cpu"))
+        _say(f"python -m jobs.evaluate run={config.run_folder} splits=[{','.join(splits)}]")
+        evaluate.evaluate_run(evaluate.Evaluate(run=config.run_folder, splits=splits, device="cpu"))
+    balanced = configs[-1].run_folder
+    _say(f"python -m jobs.audit run={balanced} split=test_balanced")
+    audit.run(audit.Audit(run=balanced, split="test_balanced", device="cpu"))
+    _say(f"python -m jobs.explain run={balanced} split=test_balanced")
+    explain.run(explain.Explain(run=balanced, split="test_balanced", device="cpu"))
     page = root / "report.html"
     runs = tuple(config.run_folder for config in configs)
     _say(f"python -m jobs.report runs=[{','.join(map(str, runs))}] out={page}")
@@ -72,8 +81,8 @@ def _compare(natural: Path, balanced: Path) -> None:
     from trainer.report.page import read_run
     from trainer.report.tables import recall_gain, summary
 
-    before = [s for s in read_run(natural).subjects if s.view == "argmax"]
-    after = [s for s in read_run(balanced).subjects if s.view == "ledger"]
+    before = [s for s in read_run(natural).subjects if s.view == "argmax" and s.split != "train"]
+    after = [s for s in read_run(balanced).subjects if s.view == "ledger" and s.split != "train"]
     pairs = list(zip(before, after, strict=True))
     print("\n" + summary([subject for pair in pairs for subject in pair]) + "\n")
     for old, new in pairs:

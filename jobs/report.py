@@ -28,10 +28,10 @@ class Report(Settings):
 
 def run(settings: Report) -> None:
     from data_loaders import durable
-    from trainer.report.page import read_run, write
+    from trainer.report.page import read_whole, write
 
     durable.lasting(settings.out, "out")
-    write([read_run(folder) for folder in settings.runs], settings.out)
+    write([read_whole(folder) for folder in settings.runs], settings.out)
     print(f"report in {settings.out}, its data in {settings.out.with_suffix('.json')}")
 
 

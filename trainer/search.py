@@ -108,7 +108,7 @@ def search(tuning: Tuning) -> Winner:
     tuning = _claim(tuning, index)
     base, folder = tuning.training(), tuning.run_folder
     judge = Judge(tuning.search, index.classes, Shape(len(index.cell_names), len(index.classes)))
-    introduce(base, index)
+    introduce(tuning, index)
     with cluster(base.cluster):
         tried = read_trials(folder)
         done = sum(trial.state != "unfinished" for trial in tried)
@@ -153,7 +153,8 @@ def write_table(folder: Path, tried: list[Trial], judge: Judge) -> None:
         if trial.reports:
             last = trial.reports[-1]
             tally = Tally.unpack(last["validation"], judge.shape).overall()
-            line |= {"step": last["step"], "steps": last["steps"], "objective": judge.score(last)}
+            score = judge.score(last)
+            line |= {"step": last["step"], "steps": last["steps"], "objective": None if math.isnan(score) else score}
             line |= {"calibrated_nll": last["calibrated_nll"]}
             line |= {name: float(RATES[name].value(tally)[0]) for name in ("balanced_accuracy", "worst_recall", "nll")}
             recalls = RATES["recall"].value(tally)[0]
@@ -161,6 +162,7 @@ def write_table(folder: Path, tried: list[Trial], judge: Judge) -> None:
         lines.append(line)
     names = dict.fromkeys(name for line in lines for name in line)
     table = pa.table({name: pa.array([line.get(name) for line in lines]) for name in names})
+    table = table.replace_schema_metadata({"objective": judge.search.objective, "mode": judge.search.mode})
     with durable.writing(folder / "trials.parquet") as aside:
         pyarrow.parquet.write_table(table, aside)
 

@@ -159,6 +159,27 @@ def test_crop_boxes_lie_inside_the_image_and_have_the_area_asked_for(width, heig
     assert least * (1 - 1e-9) <= w * h / (width * height) <= greatest * (1 + 1e-9)
 
 
+@given(st.integers(1, 300), st.integers(1, 300), st.floats(1, 4), st.floats(0.2, 5), st.integers(0, 1000))
+def test_zooming_out_keeps_the_whole_image_and_adds_its_mirrors(width, height, area, aspect, position):
+    standard = Standard(area=(area, area), aspect=(aspect, aspect), flip_horizontal=0)
+    left, top, w, h = standard._box(width, height, rng(0, position))
+    assert left <= 1e-9
+    assert top <= 1e-9
+    assert left + w >= width * (1 - 1e-9)
+    assert top + h >= height * (1 - 1e-9)
+    assert w * h == pytest.approx(area * width * height)
+
+
+def test_an_image_zoomed_out_is_smaller_amid_its_mirrors_and_without_black():
+    ramp = np.tile(np.arange(20, 220, 2, dtype=np.uint8), (100, 1))
+    image = np.stack([ramp, ramp.T, ramp], 2)
+    seen = Standard(area=(4, 4), aspect=(1, 1), flip_horizontal=0)(image, 50, rng(0, 1))
+    assert seen.min() >= 20
+    rises = np.diff(seen[25, :, 0].astype(int))
+    assert (rises >= 7).sum() in (23, 24, 25)  # the image, half as wide as the crop
+    assert (rises <= -7).sum() in (22, 23, 24)  # and its mirrors, which run the other way
+
+
 def test_a_square_image_gets_the_aspects_asked_for():
     standard = Standard(area=(0.2, 0.3), aspect=(0.5, 2.0))
     aspects = [w / h for _, _, w, h in (standard._box(100, 100, rng(0, position)) for position in range(500))]
@@ -171,7 +192,7 @@ def test_a_square_image_gets_the_aspects_asked_for():
     "wrong",
     [
         {"area": (0.5, 0.4)},
-        {"area": (0.5, 1.5)},
+        {"area": (0.5, 4.5)},
         {"area": (0, 1)},
         {"aspect": (2, 1)},
         {"rotation": -1},

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from trainer.decision.ledger import Decision
 from trainer.metrics.tally import BINS, SCALE, Tally
 from trainer.report.figures import confusion, reliability
 from trainer.report.page import EvaluatedRun, read_run, write
-from trainer.report.tables import LEAST_N, Subject, recall_gain, summary
+from trainer.report.tables import LEAST_N, Subject, fits, recall_gain, summary
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
 CLASSES = ("food", "drink", HOSTILE)
@@ -48,13 +49,16 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
+def subjects(run: str) -> list[Subject]:
+    """Of the training split and of a test split, under both views."""
+    trained = [replace(subject(5, run, view), split="train") for view in ("argmax", "ledger")]
+    return trained + [subject(0, run, view) for view in ("argmax", "ledger")]
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("report") / "report.html"
-    runs = [
-        EvaluatedRun(name, FACTS, subject().ledger, [subject(run=name, view=v) for v in ("argmax", "ledger")])
-        for name in ("natural", HOSTILE)
-    ]
+    runs = [EvaluatedRun(name, "train", FACTS, subject().ledger, subjects(name)) for name in ("natural", HOSTILE)]
     write(runs, out)
     json.loads(out.with_suffix(".json").read_text())
     return out.read_text()
@@ -77,8 +81,8 @@ def test_the_json_behind_the_page_is_whole(page):
     assert text
     tree = json.loads(text[1])
     assert tree[1]["run"] == HOSTILE
-    assert tree[0]["evaluations"][0]["confusion"] == subject().tally.confusion.tolist()
-    recall = {row["name"]: row["recall"] for row in tree[0]["evaluations"][0]["by_class"]}
+    assert tree[0]["evaluations"][2]["confusion"] == subject().tally.confusion.tolist()
+    recall = {row["name"]: row["recall"] for row in tree[0]["evaluations"][2]["by_class"]}
     assert recall["food"][3] == subject().tally.confusion[:, 0].sum()
 
 
@@ -95,6 +99,24 @@ def test_the_worst_comes_first_and_small_cells_are_never_the_worst():
         place = 0 if table.title == "By class" else 1
         values = [line.cells[place].value for line in table.lines]
         assert values == sorted(values)
+
+
+def test_fit_is_the_difference_of_recalls_on_the_training_split_and_on_others_the_largest_gap_first():
+    (fit,) = fits(subjects("r"), "train")
+    assert fit.split == "test"
+    own, other = (dict(s.recalls()) for s in (subject(5), subject(0)))
+    gaps = [gap.value for _, _, _, gap in fit.lines]
+    assert gaps == sorted(gaps, reverse=True)
+    for name, a, b, gap in fit.lines:
+        assert (a, b) == (own[name], other[name])
+        assert gap.value == pytest.approx(a.value - b.value)
+        assert gap.low < gap.value < gap.high
+    assert fits(subjects("r"), "nothing") == []
+
+
+def test_the_page_tells_underfitting_from_overfitting(page):
+    assert "Underfitting and overfitting" in page
+    assert "train and test, the largest gap first" in page
 
 
 def test_the_cost_is_that_of_the_decisions_where_classes_occur_as_in_use():

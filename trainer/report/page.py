@@ -11,11 +11,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
+from data_loaders.settings import parse
+from trainer.config import Config
 from trainer.decision.ledger import Ledger
 from trainer.metrics.groups import GroupValues
 from trainer.metrics.tally import Shape, Tally
 from trainer.report import figures
-from trainer.report.tables import LEAST_N, Subject
+from trainer.report.explanations import Explanation, read_explanations
+from trainer.report.tables import LEAST_N, Cell, Subject, fits
+from trainer.report.trials import Trials, read_trials
 
 HERE = Path(__file__).parent
 
@@ -24,9 +28,21 @@ class EvaluatedRun(NamedTuple):
     """A run with all of its evaluations."""
 
     name: str
+    train: str
+    """The split it learnt from."""
     facts: dict[str, Any]
     ledger: Ledger
     subjects: list[Subject]
+    explanations: tuple[Explanation, ...] = ()
+    trials: Trials | None = None
+    """Of the search that it won."""
+
+
+def read_whole(folder: Path) -> EvaluatedRun:
+    """A run with all that was made of it: evaluations, explanations, and the search that it won."""
+    found = read_run(folder)
+    explanations = read_explanations(folder, weights_of(folder))
+    return found._replace(explanations=explanations, trials=read_trials(folder))
 
 
 def read_run(folder: Path) -> EvaluatedRun:
@@ -50,7 +66,8 @@ def read_run(folder: Path) -> EvaluatedRun:
         for path in evaluations
         for view, tally in read_tallies(path).items()
     ]
-    return EvaluatedRun(folder.name, facts, ledger, subjects)
+    train = parse(Config, [str(model / "config.yaml")]).data.train
+    return EvaluatedRun(folder.name, train, facts, ledger, subjects)
 
 
 def weights_of(folder: Path) -> Path:
@@ -80,6 +97,7 @@ def write(runs: list[EvaluatedRun], out: Path) -> None:
     page = environment.get_template("page.html").render(
         runs=runs,
         figures=figures,
+        fits=fits,
         least_n=LEAST_N,
         style=style,
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
@@ -110,15 +128,26 @@ def _tree(run: EvaluatedRun) -> dict[str, Any]:
             }
             for s in run.subjects
         ],
+        "fit": [
+            {
+                "split": fit.split,
+                "nll": list(map(_number, fit.nll)),
+                "recall": {name: list(map(_values, cells)) for name, *cells in fit.lines},
+            }
+            for fit in fits(run.subjects, run.train)
+        ],
     }
 
 
 def _rows(table: Any) -> list[dict[str, Any]]:
     return [
-        {"name": line.name}
-        | {c: [*map(_number, value[:3]), value.n] for c, value in zip(table.columns[1:], line.cells, strict=True)}
+        {"name": line.name} | {c: _values(value) for c, value in zip(table.columns[1:], line.cells, strict=True)}
         for line in table.lines
     ]
+
+
+def _values(cell: Cell) -> list[float | int | None]:
+    return [*map(_number, cell[:3]), cell.n]
 
 
 def _number(value: float) -> float | None:

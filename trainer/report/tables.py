@@ -155,6 +155,32 @@ def cell(found: Estimate, *place: int) -> Cell:
     return Cell(value, low, high, int(found.n[place]))
 
 
+class Fit(NamedTuple):
+    """The same model on the rows it learnt from and on others: low on both is underfitting, a gap is overfitting."""
+
+    split: str
+    nll: tuple[float, float]
+    """In use, on the training split and on this one."""
+    lines: list[tuple[str, Cell, Cell, Cell]]
+    """Class, its recall on the training split and on this one, and the difference; the largest gap first."""
+
+
+def fits(subjects: list[Subject], train: str) -> list[Fit]:
+    """Of the ledger's view on every other split, if the training split was evaluated."""
+    seen = [s for s in subjects if (s.split, s.view) == (train, "ledger")]
+    others = [s for s in subjects if s.split != train and s.view == "ledger"]
+    return [_fit(before, after) for before in seen for after in others]
+
+
+def _fit(before: Subject, after: Subject) -> Fit:
+    low, high = difference(recall(before.tally.overall()), recall(after.tally.overall()))
+    lines = []
+    for k, ((name, own), (_, other)) in enumerate(zip(before.recalls(), after.recalls(), strict=True)):
+        lines.append((name, own, other, Cell(own.value - other.value, float(low[0, k]), float(high[0, k]), other.n)))
+    lines.sort(key=lambda line: (np.isnan(line[3].value), -line[3].value))
+    return Fit(after.split, (before.nll(), after.nll()), lines)
+
+
 def recall_gain(old: Subject, new: Subject) -> tuple[float, float]:
     """Interval of the worst class recall of `new` less that of `old`, as if of independent samples (Newcombe)."""
     recalls = []
