@@ -224,7 +224,7 @@ def _on_gpus(settings: Cluster) -> bool:
 def _trainer(config: Config, arguments: dict[str, str], callbacks: list[UserCallback]) -> TorchTrainer:
     settings, use_gpu = config.cluster, _on_gpus(config.cluster)
     say(f"starting {settings.workers} worker{'s' * (settings.workers > 1)} on {'GPUs' if use_gpu else 'CPUs'}")
-    return TorchTrainer(
+    return (LocalTrainer if settings.place == "local" else TorchTrainer)(
         _work,
         train_loop_config=arguments,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(settings.timeout_s)),
@@ -240,6 +240,14 @@ def _trainer(config: Config, arguments: dict[str, str], callbacks: list[UserCall
             callbacks=callbacks,
         ),
     )
+
+
+class LocalTrainer(TorchTrainer):
+    """Without the actor that frees what a dead controller held: it needs the dashboard, which a Ray of our own has not,
+    and each training would wait 12 s for it."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
 
 def _work(arguments: dict[str, str]) -> None:

@@ -44,7 +44,6 @@ def fit(config: Config, context: Context) -> None:
     shape = Shape(len(index.cell_names), len(index.classes))
 
     model = config.model.build(len(index.classes), config.seed).to(context.device)
-    model.to(memory_format=_layout(context))  # pyright: ignore[reportCallIssue], which torch's stubs forget
     optimizer = config.optimizer.build(model)
     seen = torch.zeros(shape.size, dtype=torch.int64, device=context.device)  # all samples since the start of the run
     identity = identity_of(config, index)
@@ -182,12 +181,7 @@ def _to_device(batch: Batch, context: Context) -> tuple[Tensor, Tensor, Tensor, 
     if context.device.type != "cpu":
         parts = [part.pin_memory().to(context.device, non_blocking=True) for part in parts]
     images, labels, cells, valid = parts
-    return images.contiguous(memory_format=_layout(context)), labels, cells, valid
-
-
-def _layout(context: Context) -> torch.memory_format:
-    """Channels last is faster where there are tensor cores."""
-    return torch.channels_last if context.device.type == "cuda" else torch.contiguous_format
+    return images, labels, cells, valid
 
 
 def _autocast(config: Config, context: Context) -> contextlib.AbstractContextManager[Any]:

@@ -293,7 +293,8 @@ class Told(tune.Callback):
 def _claim(tuning: Tuning, index: Index) -> Tuning:
     """The search with whole paths, saved in its folder; refuses a folder of another search, or other data."""
     data = tuning.data.model_copy(update={"path": tuning.data.path.resolve()})
-    whole = {"folder": durable.lasting(tuning.folder, "folder"), "data": data, "resume": False}
+    cluster = tuning.cluster.model_copy(update={"address": tuning.cluster.place})  # which a trial's process is not told
+    whole = {"folder": durable.lasting(tuning.folder, "folder"), "data": data, "cluster": cluster, "resume": False}
     resume, tuning = tuning.resume, tuning.model_copy(update=whole)
     folder, saved = tuning.run_folder, tuning.run_folder / "search.yaml"
     if saved.exists():
@@ -333,6 +334,7 @@ def _try(tuning: Tuning, judge: Judge, tried: list[Trial], trials: int) -> None:
             search_alg=Proposals(judge, tried),
             scheduler=Halving(judge, folder, tried) if halving else FIFOScheduler(),
             trial_dirname_creator=lambda trial: trial.trial_id,
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name=f"launch-{uuid.uuid4().hex[:8]}",

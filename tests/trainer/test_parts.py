@@ -31,8 +31,25 @@ def test_every_model_goes_from_bytes_to_logits_and_learns(kind: type[Model]):
 
 
 @pytest.mark.parametrize("kind", variants(AnyModel))
+def test_dropout_zeroes_a_share_of_the_features_before_the_head_in_training_only(kind: type[Model]):
+    model = kind(dropout=0.25).build(3, seed=0)
+    (dropout,) = [m for m in model.modules() if type(m) is nn.Dropout]
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    seen: dict[nn.Module, torch.Tensor] = {}
+    for module in (dropout, head):
+        module.register_forward_pre_hook(lambda m, given: seen.update({m: given[0].detach().clone()}))
+    model.train()(IMAGES)
+    alive = seen[dropout] != 0
+    kept = seen[head] != 0
+    assert (alive & ~kept).sum() / alive.sum() == pytest.approx(0.25, abs=0.08)
+    torch.testing.assert_close(seen[head][kept], seen[dropout][kept] / 0.75)
+    model.eval()(IMAGES)
+    assert torch.equal(seen[head], seen[dropout])
+
+
+@pytest.mark.parametrize("kind", variants(AnyModel))
 def test_every_model_is_drawn_from_its_seed(kind: type[Model]):
-    a, b, c = (nn.utils.parameters_to_vector(kind().build(3, seed).parameters()) for seed in (0, 0, 1))
+    a, b, c = (torch.cat([p.flatten() for p in kind().build(3, seed).parameters()]) for seed in (0, 0, 1))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 

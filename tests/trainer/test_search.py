@@ -44,7 +44,7 @@ def judge(**settings: Any):
     return Judge(Search(space=SPACE, **settings), ("a", "b"), SHAPE)
 
 
-def trial(number: int, state: Any, *reports: dict[str, Any], **changes: float):
+def trial(number: int, state: Any, *reports: dict[str, Any], **changes: Any):
     from trainer.search import Trial
 
     return Trial(number, {"penalties.l1": 1e-5, "model.dropout": 0.1} | changes, state, list(reports), "")

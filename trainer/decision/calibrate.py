@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from trainer.decision.ledger import Ledger
 from trainer.metrics.catalogue import Floats
@@ -32,6 +31,8 @@ def calibrate(ledger: Ledger, logits: Floats, labels: Ints) -> Calibration:
 
     A class without rows has no weight. The NLL is convex in 1 / temperature, so there is one optimum.
     """
+    from scipy.optimize import minimize_scalar
+
     seen = np.bincount(labels, minlength=len(ledger.classes))
     weight = np.divide(ledger.deployment_prior, seen, out=np.zeros(len(seen)), where=seen > 0)[labels]
     weight /= weight.sum()

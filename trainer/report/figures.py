@@ -32,7 +32,7 @@ def reliability(tally: Tally, title: str) -> Markup:
         parts.append(LINE.format("interval", *_at(x[k], low[k]), *_at(x[k], high[k])))
         tip = f"{y[k]:.2f} [{low[k]:.2f}, {high[k]:.2f}] at {x[k]:.2f}, n = {n[k]:,.0f}"
         parts.append(POINT.format(*_at(x[k], y[k]), TIP.format(tip)))
-    return _figure(parts, title, SIDE + 2 * MARGIN, SIDE + 2 * MARGIN)
+    return figure(parts, title, SIDE + 2 * MARGIN, SIDE + 2 * MARGIN)
 
 
 def confusion(tally: Tally, classes: tuple[str, ...], title: str) -> Markup:
@@ -49,10 +49,10 @@ def confusion(tally: Tally, classes: tuple[str, ...], title: str) -> Markup:
             tip = TIP.format(f"{name} called {decision}: {counts[k, j]:,}, {shares[k, j]:.1%} of {name}")
             parts.append(RECT.format("right" if j == k else "wrong", x, y, STEP - 1, STEP - 1, shares[k, j], tip))
             parts.append(TEXT.format("mid", x + STEP / 2, y + 0.6 * STEP, f"{counts[k, j]:,}"))
-    return _figure(parts, title, left + STEP * len(classes) + 8, top + STEP * len(classes) + 8)
+    return figure(parts, title, left + STEP * len(classes) + 8, top + STEP * len(classes) + 8)
 
 
-def _figure(parts: list[Markup], title: str, width: float, height: float) -> Markup:
+def figure(parts: list[Markup], title: str, width: float, height: float) -> Markup:
     return Markup(
         '<svg role="img" aria-label="{}" viewBox="0 0 {:.0f} {:.0f}" width="{:.0f}" height="{:.0f}">{}</svg>'
     ).format(title, width, height, width, height, Markup("").join(parts))

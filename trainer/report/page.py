@@ -17,6 +17,7 @@ from trainer.decision.ledger import Ledger
 from trainer.metrics.groups import GroupValues
 from trainer.metrics.tally import Shape, Tally
 from trainer.report import figures
+from trainer.report.audits import ShownAudit, ShownProbe, read_audit, read_probes
 from trainer.report.explanations import Explanation, read_explanations
 from trainer.report.tables import LEAST_N, Cell, Subject, fits
 from trainer.report.trials import Trials, read_trials
@@ -33,16 +34,23 @@ class EvaluatedRun(NamedTuple):
     facts: dict[str, Any]
     ledger: Ledger
     subjects: list[Subject]
+    audit: ShownAudit | None = None
+    """Of the data it was trained on."""
+    probes: tuple[ShownProbe, ...] = ()
     explanations: tuple[Explanation, ...] = ()
     trials: Trials | None = None
     """Of the search that it won."""
 
 
 def read_whole(folder: Path) -> EvaluatedRun:
-    """A run with all that was made of it: evaluations, explanations, and the search that it won."""
-    found = read_run(folder)
-    explanations = read_explanations(folder, weights_of(folder))
-    return found._replace(explanations=explanations, trials=read_trials(folder))
+    """A run with all that was made of it: evaluations, audit, probes, explanations, and the search that it won."""
+    weights = weights_of(folder)
+    return read_run(folder)._replace(
+        audit=read_audit(folder),
+        probes=read_probes(folder, weights),
+        explanations=read_explanations(folder, weights),
+        trials=read_trials(folder),
+    )
 
 
 def read_run(folder: Path) -> EvaluatedRun:
@@ -136,6 +144,8 @@ def _tree(run: EvaluatedRun) -> dict[str, Any]:
             }
             for fit in fits(run.subjects, run.train)
         ],
+        "audit": run.audit and run.audit.tree,
+        "probes": [probe.tree for probe in run.probes],
     }
 
 
