@@ -37,8 +37,8 @@ def findings(a: Audit) -> Iterator[str]:
     for s in sorted(told, key=lambda s: (s.property.of_object, -abs(s.contrast.above - 0.5))):
         c, why = s.contrast, "; it may be the objects themselves" if s.property.of_object else ""
         chance = f"by chance {c.low:.0%} to {c.high:.0%}, p = {c.p:.2g}, n = {c.n:,}"
-        more = f"more than in {c.above:.0%} of the other images of its groups"
-        yield f"{s.property.name} tells {s.label}: {more} ({chance}){why}"
+        more = f"it is higher than in {c.above:.0%} of the other images of its groups"
+        yield f"{s.property.name} sets {s.label} apart: {more} ({chance}){why}"
 
 
 def summary(a: Audit) -> str:

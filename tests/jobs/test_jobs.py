@@ -55,7 +55,7 @@ def test_help_lists_every_setting_with_its_type_and_default(kind: type[Settings]
     named = [line.split()[0] for line in lines if line.startswith("  ") and "(" in line and not line.startswith("   ")]
     for path in ("out",) if kind is Ingest else ("seed", "train.epochs", "optimizer.momentum", "data.sampler.temper"):
         assert path in named
-    temper = [line for line in lines if "data.sampler.temper" in line]
+    temper = [line for line in lines if "data.sampler.temper =" in line]
     assert temper in ([], ["  data.sampler.temper = 0.0  (float, >= 0.0, <= 1.0)"])
 
 
