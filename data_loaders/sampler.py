@@ -66,6 +66,11 @@ class Strata(Settings):
             raise Refusal("A class cannot be learned:", faults, 65)
         strata = self._strata(index, rows)
         kept = self.kept(strata, seed)
+        lost = sorted(set(labels.tolist()) - set(labels[kept].tolist()))
+        if lost:
+            fix = "set data.sampler.by=label_and_group, or another keep"
+            faults = [Fault("data.sampler", f"keeps no row of {index.classes[k]!r}", fix) for k in lost]
+            raise Refusal("A class cannot be learned:", faults)
         return TicketSampler(rows[kept], labels[kept], strata[kept], len(index.classes), self, seed)
 
     def _strata(self, index: Index, rows: Ints) -> Ints:

@@ -34,6 +34,11 @@ class Audit(Settings):
     def _has_a_subject(self) -> "Audit":
         if self.data is None and self.run is None:
             raise ValueError("there is nothing to audit: give data=…, run=… or both")
+        asked = self.model_fields_set
+        if self.data is None and asked & {"out", "train"}:
+            raise ValueError("train and out are of an audit of a data set: give data=… too")
+        if self.run is None and asked & {"split", "device"}:
+            raise ValueError("split and device are of the probes of a run: give run=… too")
         return self
 
 

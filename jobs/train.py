@@ -28,7 +28,8 @@ def run(config: "Config") -> None:
     for warning in json.loads((done.folder / "model" / "facts.json").read_bytes())["warnings"]:
         print(f"take care: {warning}")
     print(f"model in {done.folder / 'model'}")
-    print(f"metrics in {done.folder / 'metrics.parquet'}")
+    if (done.folder / "metrics.parquet").exists():
+        print(f"metrics in {done.folder / 'metrics.parquet'}")
     if done.facts.get("tracked"):
         print(f"W&B run in {done.facts['tracked']}")
 

@@ -50,7 +50,7 @@ class Collector:
         self.folder = self.config.run_folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log_path = self.folder / "log.jsonl"
-        self.known = read_log(self.log_path)
+        self.known = read_log(self.log_path, mend=True)
         self.repeated = self.mismatched = 0
         self.lines: list[str] = []
         tree = self.config.model_dump(mode="json")
@@ -182,7 +182,7 @@ def add_images(config: Config, name: str, pictures: Sequence[tuple[str, Path]]) 
     Online the run is resumed. Offline this makes a second file of the same run, and `wandb sync` uploads the files of
     one run in the order of their start, the second as going on from the first.
     """
-    tracker = _tracker(config, {})
+    tracker = _tracker(config, config.model_dump(mode="json"))
     tracker.images(name, pictures)
     tracker.close({})
     return tracker.place, tracker.problem
@@ -190,7 +190,8 @@ def add_images(config: Config, name: str, pictures: Sequence[tuple[str, Path]]) 
 
 def _tracker(config: Config, facts: Mapping[str, Any]) -> Tracker:
     """The W&B run of a training; its id is the same whoever opens it. W&B makes names of at most 128 signs from it."""
-    run_id = f"{config.name[:64]}-{config.identity}"
+    group = f"{config.tracking.group[:32]}-" if config.tracking.group else ""  # trials are called alike in all searches
+    run_id = f"{group}{config.name[:64]}-{config.identity}"
     return Tracker(config.tracking, config.run_folder, config.name, run_id, facts)
 
 
@@ -241,13 +242,14 @@ def _lasting(row: Row) -> Row:
     return {name: value for name, value in row.items() if name not in VARYING}
 
 
-def read_log(path: Path) -> dict[str, Row]:
-    """Rows of a log; a last line that a crash cut short is taken off."""
+def read_log(path: Path, mend: bool = False) -> dict[str, Row]:
+    """Rows of a log, without a last line that is not whole: one that a crash cut short, which the writer mends, or one
+    that is being written."""
     if not path.exists():
         return {}
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
+    if mend and whole != content:
         durable.write(path, whole)
     rows: dict[str, Row] = {}
     for number, text in enumerate(whole.splitlines(), 1):

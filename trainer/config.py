@@ -65,7 +65,7 @@ class Config(Settings):
         return self
 
     def members(self) -> list["Config"]:
-        """The runs of an ensemble, in `members/` of its folder; no seed is shared by ensembles of other seeds."""
+        """The runs of an ensemble, in `members/` of its folder; ensembles of one size share no member's seed."""
         n = self.train.members
         alone = self.train.model_copy(update={"members": 1})
         group = self.tracking.model_copy(update={"group": self.tracking.group or self.name})

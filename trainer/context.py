@@ -54,7 +54,7 @@ class Cluster(Settings):
     @property
     def place(self) -> str:
         """The address of the Ray cluster."""
-        return self.address or os.environ.get("RAY_ADDRESS", "local")
+        return self.address or os.environ.get("RAY_ADDRESS") or "local"
 
     @property
     def is_here(self) -> bool:

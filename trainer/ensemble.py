@@ -25,7 +25,7 @@ def combine(config: Config) -> None:
     drawn = np.mean([m.ledger.training_prior for m in members], axis=0)
     model = average(members, ledger.deployment_prior).to(device)
     ledger = config.decision.ledger(ledger.classes, ledger.natural_prior, drawn, ledger.deployment_prior)
-    finish(config, open_index(config.data.path), model, ledger, Local(config.run_folder, device))
+    finish(config, open_index(config.data.path), model, ledger, Local(config.run_folder, device), {})
 
 
 def average(members: list[Trained], prior: Floats) -> Ensemble:

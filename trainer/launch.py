@@ -86,8 +86,11 @@ def train(config: Config, callbacks: Sequence[UserCallback] = ()) -> Run:
 def _train_members(config: Config) -> Run:
     """Trains the members of an ensemble, as many at once as there is room for, and averages them."""
     with cluster(config.cluster):
-        with ThreadPoolExecutor(room(config.cluster)) as pool:
+        pool = ThreadPoolExecutor(room(config.cluster))
+        try:
             list(pool.map(train, untrained(config.members())))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an interruption, the others end with Ray
         combine(config)
     return Run(config.run_folder, {})
 
@@ -179,7 +182,12 @@ def cluster(settings: Cluster) -> Iterator[None]:
         options |= {"num_cpus": trainings * each + SPARE_CPUS, "include_dashboard": False}
         options |= {"object_store_memory": 150 * 2**20}
     say("starting Ray" if address == "local" else f"joining the Ray cluster at {address}")
-    ray.init(**options)
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as wrong:
+        fix = "start one (make head), or give another address; `local` starts one for this run"
+        fault = Fault("cluster.address", f"{address}: {str(wrong).strip().splitlines()[0]}", fix)
+        raise Refusal("The Ray cluster cannot be joined:", [fault], 75) from wrong
     token = Path.home() / ".ray" / "auth_token"
     if token.exists() and token.stat().st_mode & 0o077:
         token.chmod(0o600)  # Ray 2.60 leaves it readable to all

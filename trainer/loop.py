@@ -53,6 +53,7 @@ def fit(config: Config, context: Context) -> None:
     diverged = torch.zeros(1, dtype=torch.int64, device=context.device)  # steps whose loss was no number
     pace = Pace()
 
+    done = first
     batches = training_batches(
         index, config.data, sampler, config.seed, range(first, steps), context.rank, context.workers
     )
@@ -86,9 +87,10 @@ def fit(config: Config, context: Context) -> None:
             if context.rank == 0:
                 path = checkpoint.save(context.folder, state, model, optimizer, seen, config.train.keep)
             context.report(state.key, row, path)
-            if step + 1 < steps and _is_to_stop(context):
+            done = step + 1
+            if done < steps and _is_to_stop(context):
                 break
-    finish(config, index, model, ledger, context)
+    finish(config, index, model, ledger, context, {"step": done, "steps": steps})
 
 
 def identity_of(config: Config, index: Index) -> str:
@@ -151,13 +153,15 @@ def _validate(config: Config, index: Index, model: nn.Module, ledger: Ledger, co
     return {"validation": seen.pack(), "calibrated_nll": calibrate(ledger, logits, labels).nll_after}
 
 
-def finish(config: Config, index: Index, model: nn.Module, ledger: Ledger, context: Context) -> None:
-    """Calibrates on the validation rows and publishes the model; every worker calls it."""
+def finish(
+    config: Config, index: Index, model: nn.Module, ledger: Ledger, context: Context, facts: dict[str, Any]
+) -> None:
+    """Calibrates on the validation rows and publishes the model, with what is known of it; every worker calls it."""
     rows = index.rows_of(config.data.validation)
     _same_buffers(model, context)
     calibration = calibrate(ledger, logits_of(model, index, config.data, rows, context), index.labels[rows])
     if context.rank == 0:
-        facts = {
+        facts |= {
             "data": index.fingerprint,
             "groups": {name: list(values) for name, values in index.group_values.items()},
             "warnings": list(calibration.warnings),

@@ -1,5 +1,6 @@
 """A run: its folder, and training in plain processes of this machine. Ray's way is in `launch.py`."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +38,15 @@ def train(config: Config) -> Run:
 
 
 def untrained(configs: list[Config]) -> list[Config]:
-    """Those whose model is not there yet, whole."""
-    return [config for config in configs if durable.damage(config.run_folder / "model")]
+    """Those that have not run to their last step, or whose reports were not all collected."""
+    return [config for config in configs if not _is_trained(config.run_folder)]
+
+
+def _is_trained(folder: Path) -> bool:
+    if durable.damage(folder / "model") or not (folder / "metrics.parquet").exists():
+        return False
+    facts = json.loads((folder / "model" / "facts.json").read_bytes())
+    return facts["step"] == facts["steps"]
 
 
 def claim(config: Config) -> Config:
@@ -79,8 +87,9 @@ def check(config: Config) -> Index:
             raise Refusal("A split is missing:", [Fault(f"data.{setting}", f"no split {split!r} in the data", fix)])
     device_for(config.cluster.device, 0, config.cluster.workers if config.cluster.is_here else 0)
     rows = index.rows_of(config.data.train)
-    sampler = config.data.sampler.over(index, rows, config.seed)
-    first_ledger(config, index, sampler.counts(0, config.train.total(len(rows), config.data.batch) * config.data.batch))
+    drawn = config.train.total(len(rows), config.data.batch) * config.data.batch
+    for one in config.members() if config.train.members > 1 else [config]:
+        first_ledger(one, index, one.data.sampler.over(index, rows, one.seed).counts(0, drawn))
     return index
 
 
@@ -90,7 +99,7 @@ def introduce(config: Config, index: Index) -> None:
     rows = len(index.rows_of(config.data.train))
     say(
         f"run {config.name} in {config.run_folder}",
-        f"data {index.fingerprint}, {rows:,} rows to learn from, in {config.data.path}",
+        f"data {index.fingerprint}, {rows:,} training rows, in {config.data.path}",
         f"settings {config.identity}",
         f"workers {config.cluster.workers} {place}, device {config.cluster.device}",
     )

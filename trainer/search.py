@@ -48,6 +48,8 @@ HEAD = {"node:__internal_head__": 0.001}
 
 TRY_AGAIN = 75
 """Exit code of a failure that may pass, so that the trial is run again when the search goes on."""
+ATTEMPTS = "failed-*.json"
+MOST_ATTEMPTS = 3
 
 
 def _name(number: int) -> str:
@@ -105,6 +107,7 @@ class Judge:
 def search(tuning: Tuning) -> Winner:
     """Tries, judges on the validation split, and trains the winner anew. The same search goes on where it stopped."""
     index = check(tuning.training())
+    check(tuning.training().model_copy(update={"seed": tuning.seed + 1}))  # the winner's
     tuning = _claim(tuning, index)
     base, folder = tuning.training(), tuning.run_folder
     judge = Judge(tuning.search, index.classes, Shape(len(index.cell_names), len(index.classes)))
@@ -121,6 +124,7 @@ def search(tuning: Tuning) -> Winner:
             fault = Fault(str(folder), f"{left} trials are unfinished", "the same command goes on")
             raise Refusal("The search is not done:", [fault], TRY_AGAIN)
         trial = best(tried, judge)
+        write_table(folder, tried, judge, trial.name)
         config = _winner(base, trial)
         say(f"{trial.name} wins; it is trained anew, with another seed, in {config.run_folder}")
         if untrained([config]):
@@ -135,7 +139,7 @@ def read_trials(folder: Path) -> list[Trial]:
 
 def best(tried: list[Trial], judge: Judge) -> Trial:
     """The trial with the best last report, among those that ran to the end if there are any."""
-    scored = [(trial, judge.score(trial.reports[-1])) for trial in tried if trial.reports]
+    scored = [(t, judge.score(t.reports[-1])) for t in tried if t.reports and t.state in ("finished", "stopped")]
     scored = [(trial, score) for trial, score in scored if not math.isnan(score)]
     scored = [item for item in scored if item[0].state == "finished"] or scored
     if not scored:
@@ -144,7 +148,7 @@ def best(tried: list[Trial], judge: Judge) -> Trial:
     return (min if judge.search.mode == "min" else max)(scored, key=lambda item: item[1])[0]
 
 
-def write_table(folder: Path, tried: list[Trial], judge: Judge) -> None:
+def write_table(folder: Path, tried: list[Trial], judge: Judge, winner: str = "") -> None:
     """trials.parquet: what was tried, how far it came, and what the validation split said at the end."""
     lines = []
     for trial in tried:
@@ -162,7 +166,9 @@ def write_table(folder: Path, tried: list[Trial], judge: Judge) -> None:
         lines.append(line)
     names = dict.fromkeys(name for line in lines for name in line)
     table = pa.table({name: pa.array([line.get(name) for line in lines]) for name in names})
-    table = table.replace_schema_metadata({"objective": judge.search.objective, "mode": judge.search.mode})
+    table = table.replace_schema_metadata(
+        {"objective": judge.search.objective, "mode": judge.search.mode, "winner": winner}
+    )
     with durable.writing(folder / "trials.parquet") as aside:
         pyarrow.parquet.write_table(table, aside)
 
@@ -280,7 +286,7 @@ class Told(tune.Callback):
     def _tell(self, number: int) -> None:
         tried = read_trials(self.folder)
         write_table(self.folder, tried, self.judge)
-        (this,) = [trial for trial in tried if trial.number == number]
+        this = next(trial for trial in tried if trial.number == number)
         done = sum(trial.state != "unfinished" for trial in tried)
         say(
             f"{this.name} {this.state}{this.failure and ': ' + this.failure}, {done} of {self.judge.search.trials} done"
@@ -351,16 +357,19 @@ def _try(tuning: Tuning, judge: Judge, tried: list[Trial], trials: int) -> None:
 def _run(proposal: dict[str, Any], text: str, judge: Judge) -> None:
     """One trial: a Ray Train run whose reports go to Ray Tune as well."""
     tuning = parse_text(Tuning, text)
-    config = applied(tuning.training(), proposal["changes"])
-    tracking = config.tracking.model_copy(update={"artifacts": False})
-    place = {"folder": tuning.run_folder / "trials", "name": _name(proposal["number"]), "tracking": tracking}
-    config = config.model_copy(update=place)
-    durable.write_json(config.run_folder / TRIAL, proposal)
+    folder = tuning.run_folder / "trials" / _name(proposal["number"])
+    durable.write_json(folder / TRIAL, proposal)
     try:
-        train(config, [ToTune(judge)])
-    except Refusal as refusal:
-        if refusal.exit_code != TRY_AGAIN:
-            refusal.save(config.run_folder / REFUSED)
+        config = applied(tuning.training(), proposal["changes"])
+        tracking = config.tracking.model_copy(update={"artifacts": False})
+        place = {"folder": folder.parent, "name": folder.name, "tracking": tracking}
+        train(config.model_copy(update=place), [ToTune(judge)])
+    except Exception as failure:
+        refusal = failure if isinstance(failure, Refusal) else Refusal(repr(failure), [], TRY_AGAIN)
+        attempt = len(list(folder.glob(ATTEMPTS))) + 1
+        refusal.save(folder / ATTEMPTS.replace("*", str(attempt)))
+        if refusal.exit_code != TRY_AGAIN or attempt == MOST_ATTEMPTS:
+            refusal.save(folder / REFUSED)
         raise
 
 
@@ -373,13 +382,12 @@ def _read_trial(folder: Path) -> Trial:
     proposal = json.loads((folder / TRIAL).read_bytes())
     reports = [row for row in read_log(folder / "log.jsonl").values() if "train" in row]
     reports.sort(key=lambda row: row["step"])
-    refused, failure = folder / REFUSED, ""
-    if durable.damage(folder / "model") is None:
+    refused, failure, state = folder / REFUSED, "", "unfinished"
+    if durable.damage(folder / "model") is None and (folder / "metrics.parquet").exists():  # written last of all
         state = "finished" if reports and reports[-1]["step"] == reports[-1]["steps"] else "stopped"
     elif refused.exists():
-        state, failure = "failed", "; ".join(map(str, Refusal.load(refused).faults))
-    else:
-        state = "unfinished"
+        refusal = Refusal.load(refused)
+        state, failure = "failed", "; ".join(map(str, refusal.faults)) or refusal.title
     return Trial(proposal["number"], proposal["changes"], state, reports, failure)
 
 

@@ -18,6 +18,19 @@ from trainer.metrics.tally import Tally
 Value = float | int | str
 """What a searcher proposes: a number, or the text of a choice."""
 CALIBRATED_NLL = "calibrated_nll"
+INSIDE = 0.6180339887498949
+"""A place in an interval that is no whole number in any."""
+SAME = ("name", "folder", "cluster", "tracking", "decision")
+SAME_TOO = (
+    "data.path",
+    "data.train",
+    "data.validation",
+    "data.threads",
+    "data.prefetch",
+    "train.members",
+    "train.keep",
+)
+"""Settings, and sections of them, that all trials share, or they could not be compared."""
 SHAPE = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 
 
@@ -26,7 +39,7 @@ class Range(ABC):
 
     @abstractmethod
     def examples(self) -> Iterator[Value]:
-        """Values that are valid if all are: the ends of an interval, or each choice."""
+        """Values that show whether a range can be: the ends of an interval and a fraction inside, or each choice."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class Uniform(Range):
     high: float
 
     def examples(self) -> Iterator[Value]:
-        yield from (self.low, self.high)
+        yield from (self.low, self.high, self.low + (self.high - self.low) * INSIDE)
 
     def __str__(self) -> str:
         return f"uniform({self.low!r}, {self.high!r})"
@@ -51,7 +64,7 @@ class LogUniform(Range):
     high: float
 
     def examples(self) -> Iterator[Value]:
-        yield from (self.low, self.high)
+        yield from (self.low, self.high, self.low + (self.high - self.low) * INSIDE)
 
     def __str__(self) -> str:
         return f"log_uniform({self.low!r}, {self.high!r})"
@@ -195,13 +208,17 @@ class Tuning(Config):
         if self.search.objective not in OBJECTIVES:
             what = f"no metric {self.search.objective!r} to search by"
             found.append(Fault("search.objective", what, nearest(self.search.objective, OBJECTIVES)))
+        if self.cluster.on == "local":
+            found.append(Fault("cluster.on", "a search runs on Ray", "leave it out; Ray starts on this machine"))
         for path, values in self.search.ranges.items():
-            if path.split(".")[0] in ("name", "folder", "cluster", "tracking", "decision"):
-                found.append(Fault(f"search.space.{path}", "decides no weights, so there is nothing to search"))
+            where = f"search.space.{path}" if self.search.space else "search.space"
+            if path.split(".")[0] in SAME or path in SAME_TOO:
+                found.append(Fault(where, "is the same for all trials, so there is nothing to search"))
                 continue
             try:
                 for value in values.examples():
                     applied(self.training(), {path: value})
             except Refusal as refusal:
-                found += [Fault(f"search.space.{path}", fault.what, fault.fix) for fault in refusal.faults]
+                fix = "" if self.search.space else f"give a space without {path}, which is in the default one"
+                found += [Fault(where, fault.what, fix or fault.fix) for fault in refusal.faults]
         return found

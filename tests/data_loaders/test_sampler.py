@@ -211,3 +211,12 @@ def test_what_is_counted_is_what_is_drawn_by_every_sampler(dataset, settings):
     for start, stop in [(0, 7), (5, 300), (1000, 1000)]:
         drawn = index.labels[s.rows(np.arange(start, stop))]
         np.testing.assert_array_equal(s.counts(start, stop), np.bincount(drawn, minlength=len(index.classes)))
+
+
+def test_undersampling_by_group_that_loses_a_class_is_refused_with_the_repair(dataset):
+    index = open_index(dataset)
+    rows = index.rows_of("train")
+    keep = np.concatenate([np.flatnonzero(index.labels[rows] != 2), np.flatnonzero(index.labels[rows] == 2)[:1]])
+    settings = Undersampled(by="group", keep=1)
+    with pytest.raises(Refusal, match="by=label_and_group"):
+        settings.over(index, rows[keep], 0)

@@ -231,3 +231,19 @@ def test_golden_reports(dataset, tmp_path):
     expected = json.loads(golden.read_text())
     for row, wanted in zip(found, expected, strict=True):
         assert row == pytest.approx(wanted, abs=0.02)
+
+
+def test_a_stop_file_ends_a_run_after_a_report_and_without_it_the_run_goes_on(dataset, tmp_path):
+    whole, parted = (config_for(dataset, tmp_path / name) for name in ("whole", "parted"))
+    train(whole)
+    parted.run_folder.mkdir(parents=True)
+    (parted.run_folder / "stop").touch()
+    assert list(train(parted).rows) == ["step-000000004"]
+    facts = json.loads((parted.run_folder / "model" / "facts.json").read_bytes())
+    assert (facts["step"], facts["steps"]) == (4, 12)
+    (parted.run_folder / "metrics.parquet").touch()
+    assert run.untrained([parted]) == [parted]
+    (parted.run_folder / "stop").unlink()
+    train(parted)
+    assert weights(parted.run_folder) == weights(whole.run_folder)
+    assert run.untrained([parted]) == []

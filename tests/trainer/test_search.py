@@ -117,7 +117,10 @@ def test_the_winner_ran_to_the_end_if_any_trial_did_and_has_a_number():
 
     stopped, worse = trial(0, "stopped", report(4, 0.1)), trial(1, "finished", report(10, 0.3))
     assert best([stopped, worse, trial(2, "finished", report(10, 0.2)), trial(3, "failed")], judge()).number == 2
-    assert best([stopped, trial(3, "failed")], judge()).number == 0
+    assert (
+        best([stopped, trial(3, "failed", report(8, 0.01)), trial(4, "unfinished", report(8, 0.0))], judge()).number
+        == 0
+    )
     assert best([worse, trial(2, "finished", report(10, 0.2))], judge(objective="accuracy")).number == 1
     with pytest.raises(Refusal, match="No trial can be judged"):
         best([trial(3, "failed"), trial(4, "finished", report(10, float("nan")))], judge())
@@ -138,15 +141,18 @@ def test_the_state_of_a_trial_is_read_from_its_folder(tmp_path):
     for number, last in ((0, 10), (1, 6)):
         with durable.publishing(folder(number, report(2, 0.9), report(last, 0.5)) / "model") as aside:
             (aside / "weights").write_text("")
+        (tmp_path / "trials" / f"trial-{number:03d}" / "metrics.parquet").write_text("")
     Refusal("Training diverged:", [Fault("optimizer.lr", "is too high")], 65).save(folder(2) / "refused.json")
     folder(3, report(2, 0.9))
+    with durable.publishing(folder(4, report(2, 0.9)) / "model") as aside:  # killed before all was collected
+        (aside / "weights").write_text("")
     tried = read_trials(tmp_path)
-    assert [t.state for t in tried] == ["finished", "stopped", "failed", "unfinished"]
+    assert [t.state for t in tried] == ["finished", "stopped", "failed", "unfinished", "unfinished"]
     write_table(tmp_path, tried, judge())
     table = pyarrow.parquet.read_table(tmp_path / "trials.parquet").to_pydict()
-    assert table["objective"] == [0.5, 0.5, None, 0.9]
-    assert table["penalties.l1"] == [1e-5] * 4
-    assert table["step"] == [10, 6, None, 2]
+    assert table["objective"] == [0.5, 0.5, None, 0.9, 0.9]
+    assert table["penalties.l1"] == [1e-5] * 5
+    assert table["step"] == [10, 6, None, 2, 2]
     assert "is too high" in table["failure"][2]
 
 
@@ -155,6 +161,32 @@ def tuning_for(dataset: Path, folder: Path, **changes: Any) -> Tuning:
     base |= {"name": "s", "cluster": {"on": "ray", "workers": 1, "device": "cpu"}, "tracking": {"mode": "offline"}}
     base["search"] = {"space": SPACE, "trials": 2, "concurrent": 2, "searcher": "random"}
     return override(Tuning.model_validate(base), changes)
+
+
+def test_a_trial_whose_values_do_not_go_together_fails_and_one_that_breaks_off_is_tried_three_times(
+    dataset, tmp_path, monkeypatch
+):
+    from trainer import search
+    from trainer.search import read_trials
+
+    tuning = override(tuning_for(dataset, tmp_path), {"data.size": 12})
+    wrong = {"number": 0, "changes": {"model.widths": "[8, 8, 8, 8, 8]"}}
+    with pytest.raises(Refusal, match="too small for the model"):
+        search._run(wrong, dump(tuning), judge())
+
+    def break_off(*_: Any) -> None:
+        raise OSError("the machine is gone")
+
+    monkeypatch.setattr(search, "train", break_off)
+    monkeypatch.setattr(search, "ToTune", lambda _: None)
+    for state in ("unfinished", "unfinished", "failed"):
+        with pytest.raises(OSError, match="gone"):
+            search._run({"number": 1, "changes": {}}, dump(tuning), judge())
+        assert read_trials(tmp_path / "s")[1].state == state
+    first, second = read_trials(tmp_path / "s")
+    assert first.state == "failed"
+    assert "too small" in first.failure
+    assert "the machine is gone" in second.failure
 
 
 @pytest.mark.ray

@@ -89,6 +89,27 @@ def test_every_objective_is_one_number_with_a_direction(name):
         assert (value, search.mode) == (0.5, "min")
 
 
+def test_a_class_that_is_never_called_has_the_worst_precision_of_all():
+    confusion = np.zeros((1, 3, 3), np.int64)
+    confusion[0, :, 0] = 870, 104, 26  # all is called the majority
+    t = Tally(confusion, np.zeros((1, 3, 60, 3), np.int64), np.zeros((1, 3, 2, 2), np.int64))
+    assert Search(objective="precision").score(0, t) == 0
+
+
+def test_a_fraction_where_a_whole_number_is_wanted_and_what_all_trials_share_are_refused():
+    words = ["search.space.data.batch=uniform(16, 128)", "search.space.train.members=choice(1, 3)"]
+    with pytest.raises(Refusal) as refusal:
+        parse(Tuning, [*DATA, *words, "search.space.data.validation=choice(val, test)", "cluster.on=local"])
+    assert {fault.where.split("=")[0] for fault in refusal.value.faults} == {
+        "cluster.on",
+        "search.space.data.batch",
+        "search.space.data.validation",
+        "search.space.train.members",
+    }
+    with pytest.raises(Refusal, match=r"give a space without data\.sampler\.temper"):
+        parse(Tuning, [*DATA, "data.sampler.kind=undersampled"])
+
+
 def test_an_objective_by_class_is_that_of_the_worst_class_and_nan_where_nothing_was_counted():
     t = tally()
     recalls = RATES["recall"].value(t.overall())[0]

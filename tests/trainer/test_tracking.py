@@ -316,7 +316,7 @@ def test_with_a_key_a_run_is_sent_to_the_server_and_the_key_is_in_no_file(online
         collector.put(f"step-{step:09d}", row(step))
     facts = collector.close()
     assert facts["tracking_problem"] is None
-    assert facts["tracked"].startswith(f"{online.url}/me/kitchen/runs/r-")
+    assert facts["tracked"].startswith(f"{online.url}/me/kitchen/runs/g-r-")
     (header,) = online.authorization
     assert header.startswith("Basic ")
     created = online.all_asked("UpsertBucket")[0]

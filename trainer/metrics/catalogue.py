@@ -181,8 +181,14 @@ def better(name: str) -> Literal["higher", "lower", "neither"]:
 
 def single(name: str, tally: Tally) -> float:
     """One number of a rate, over all samples, or of a fairness metric, over the groups of the tally; of a metric by
-    class, that of the worst class. NaN where nothing was counted."""
-    value = RATES[name].value(tally.overall())[0] if name in RATES else disparity(name, tally)
+    class, that of the worst class, where a class that occurs and is never called has a precision of 0. NaN where
+    nothing was counted."""
+    if name in RATES:
+        value = RATES[name].value(tally.overall())[0]
+        if value.ndim:
+            value = np.where(np.isnan(value) & (tally.overall().confusion[0].sum(1) > 0), 0.0, value)
+    else:
+        value = disparity(name, tally)
     values = np.asarray(value)[~np.isnan(value)]
     worst = np.max if better(name) == "lower" else np.min
     return float(worst(values)) if values.size else math.nan

@@ -156,7 +156,7 @@ def cell(found: Estimate, *place: int) -> Cell:
 
 
 class Fit(NamedTuple):
-    """The same model on the rows it learnt from and on others: low on both is underfitting, a gap is overfitting."""
+    """The same model on the training split and on others: low on both is underfitting, a gap is overfitting."""
 
     split: str
     nll: tuple[float, float]

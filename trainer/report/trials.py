@@ -17,6 +17,9 @@ class Trials(NamedTuple):
     lines: list[list[Any]]
     """Values in the order of the columns; the first is the trial's name."""
     winner: str
+    """The trial that the run repeats."""
+    is_best: bool
+    """False if the search was extended, and another trial won."""
 
 
 def read_trials(run: Path) -> Trials | None:
@@ -28,4 +31,5 @@ def read_trials(run: Path) -> Trials | None:
     facts = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
     table = table.sort_by([("objective", "ascending" if facts["mode"] == "min" else "descending")])
     winner = "trial-" + run.name.removeprefix(PREFIX)
-    return Trials(facts["objective"], table.column_names, [list(line.values()) for line in table.to_pylist()], winner)
+    lines = [list(line.values()) for line in table.to_pylist()]
+    return Trials(facts["objective"], table.column_names, lines, winner, facts["winner"] in ("", winner))
