@@ -14,7 +14,7 @@ class Classifier(nn.Module):
     """uint8 images [B, 3, H, W] -> logits [B, K] of a network that reads normalised ones.
 
     The mean and deviation (of ImageNet) are buffers, so that they travel with the weights. All is laid out with the
-    channels last, which is faster on CPUs (a third in training, half in evaluation) and on tensor cores.
+    channels last, which is faster on tensor cores, and for small networks on CPUs (benchmarks/channels_last.py).
     """
 
     mean: Tensor

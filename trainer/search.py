@@ -286,11 +286,10 @@ class Told(tune.Callback):
     def _tell(self, number: int) -> None:
         tried = read_trials(self.folder)
         write_table(self.folder, tried, self.judge)
-        this = next(trial for trial in tried if trial.number == number)
         done = sum(trial.state != "unfinished" for trial in tried)
-        say(
-            f"{this.name} {this.state}{this.failure and ': ' + this.failure}, {done} of {self.judge.search.trials} done"
-        )
+        for this in (trial for trial in tried if trial.number == number):
+            why = this.failure and f": {this.failure}"
+            say(f"{this.name} {this.state}{why}, {done} of {self.judge.search.trials} done")
         with contextlib.suppress(Refusal):
             leader = best(tried, self.judge)
             say(f"the best so far is {leader.name} with {self.judge.score(leader.reports[-1]):.4f}")
