@@ -86,9 +86,8 @@ def test_ingest_train_tune_and_report_run_as_submitted_jobs(submit, tmp_path):
     assert [line.split()[0] for line in lines] == ["run", "data", "settings", "workers"]
     assert "workers 2 of Ray at 127.0.1.1" in lines[3]
     space = "'search.space.penalties.l2=log_uniform(1e-6, 1e-2)' 'search.space.model.dropout=uniform(0, 0.5)'"
-    done(
-        f"jobs.tune data.path={data} folder={runs} name=tuned {SMALL} search.trials=2 search.early_stopping=none {space}"
-    )
+    trials = f"search.trials=2 search.early_stopping=none {space}"
+    done(f"jobs.tune data.path={data} folder={runs} name=tuned {SMALL} {trials}")
     table = pyarrow.parquet.read_table(runs / "tuned" / "trials.parquet").to_pydict()
     assert table["state"] == ["finished", "finished"]
     (winner,) = (runs / "tuned").glob("winner-*")
