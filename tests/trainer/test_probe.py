@@ -366,8 +366,9 @@ def test_a_probe_of_other_weights_is_not_shown(small: Path, monkeypatch):
 )
 def test_a_mistake_of_use_is_answered_before_the_audit(small, tmp_path, monkeypatch, capsys, words, code, said):
     out = tmp_path / "audit.json"
+    data = f"data={small.parent / 'data'}"
     with pytest.raises(SystemExit) as end:
-        run(monkeypatch, "audit", *(word.format(small) for word in words), f"out={out}", "device=cpu")
+        run(monkeypatch, "audit", data, *(word.format(small) for word in words), f"out={out}", "device=cpu")
     assert end.value.code == code
     assert said in capsys.readouterr().err
     assert not out.exists()
