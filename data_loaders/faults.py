@@ -18,18 +18,21 @@ class Fault(NamedTuple):
     fix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f" — {self.fix}" if self.fix else "")
+        """On one line, whatever a file is called."""
+        text = f"{self.where}: {self.what}" + (f" — {self.fix}" if self.fix else "")
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class Refusal(Exception):
     """The input cannot be used as it is. Carries every fault found in one pass; jobs print it and exit with its code.
 
-    Exit codes follow sysexits.h: 2 usage or settings, 65 data, 73 cannot write, 75 try again.
+    Exit codes follow sysexits.h: 2 usage or settings, 65 data, 73 cannot write, 75 try again. `more` faults were found
+    than are carried.
     """
 
-    def __init__(self, title: str, faults: Sequence[Fault] = (), exit_code: int = 2) -> None:
-        self.title, self.faults, self.exit_code = title, list(faults), exit_code
-        super().__init__(title, self.faults, exit_code)
+    def __init__(self, title: str, faults: Sequence[Fault] = (), exit_code: int = 2, more: int = 0) -> None:
+        self.title, self.faults, self.exit_code, self.more = title, list(faults), exit_code, more
+        super().__init__(title, self.faults, exit_code, more)
 
     def save(self, path: Path) -> None:
         """Leaves the refusal for the process that started this one; the first one stays."""
@@ -43,6 +46,6 @@ class Refusal(Exception):
         return cls(tree["title"], [Fault(*fault) for fault in tree["faults"]], tree["exit_code"])
 
     def __str__(self) -> str:
-        more = len(self.faults) - SHOWN
+        more = len(self.faults) - SHOWN + self.more
         lines = [self.title, *(f"  {fault}" for fault in self.faults[:SHOWN])]
         return "\n".join(lines + ([f"  … and {more:,} more"] if more > 0 else []))

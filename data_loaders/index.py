@@ -1,9 +1,7 @@
 """Where every sample lies and what is known of it, as arrays; the only part of a data set that is held in memory."""
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,32 @@ import pyarrow as pa
 import pyarrow.ipc
 from numpy.typing import NDArray
 
+from data_loaders import manifest as manifests
 from data_loaders.faults import Fault, Refusal
+from data_loaders.manifest import SHARDS, Manifest
 
 Ints = NDArray[np.int64]
-FORMAT, VERSION = "evenkeel-dataset", 1
 
 
 class DamagedRow(Refusal):
     """The bytes of a row are not those that were written."""
+
+
+FIELDS = {
+    "label": pa.int32(),
+    "split": pa.int16(),
+    "shard": pa.int32(),
+    "offset": pa.int64(),
+    "length": pa.int32(),
+    "crc32c": pa.uint32(),
+    "image_crc32c": pa.uint32(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "quality": pa.uint8(),
+    "look": pa.uint64(),
+    "unit": pa.uint64(),
+}
+"""Columns of the index file, beside `id` and one of int32 for each group column."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +50,26 @@ class Index:
     """Value of each group column, [N, A], a position in `group_values`."""
     split: Ints
     """Position in `splits`, [N]."""
-    shard: Ints
+    shard: NDArray[np.int32]
     """Position in `shards`, [N]."""
     offset: Ints
     """First byte of the image in its shard, [N]."""
-    length: Ints
+    length: NDArray[np.int32]
     """Bytes of the image, [N]."""
-    crc32c: Ints
-    """Checksum of image, label and groups, [N]."""
-    ids: pa.Array
+    crc32c: NDArray[np.uint32]
+    """Checksum of image, label, groups and id, [N]."""
+    image_crc32c: NDArray[np.uint32]
+    """Checksum of the image alone, [N]."""
+    width: NDArray[np.int32]
+    """Pixels, of the upright image, [N]."""
+    height: NDArray[np.int32]
+    quality: NDArray[np.uint8]
+    """Of a JPEG, 1 … 100, [N]; 0 of others."""
+    look: NDArray[np.uint64]
+    """Perceptual hash, [N]; 0 where it was not taken."""
+    unit: NDArray[np.uint64]
+    """Hash of what is never divided between splits (a patient), [N]; 0 of a row alone."""
+    ids: pa.ChunkedArray
     """Path of each sample as its source wrote it, [N]."""
     classes: tuple[str, ...]
     group_values: dict[str, tuple[str, ...]]
@@ -76,69 +103,68 @@ class Index:
             names = [(*name, value) for name in names for value in values]
         return names
 
-    def table(self) -> pa.Table:
-        """The form that is stored."""
-        columns: dict[str, Any] = {"id": self.ids, "label": self.labels}
-        columns |= {f"group.{name}": self.groups[:, a] for a, name in enumerate(self.group_values)}
-        columns |= {"split": self.split, "shard": self.shard, "offset": self.offset, "length": self.length}
-        columns |= {"crc32c": self.crc32c.astype(np.uint32)}
-        return pa.table(columns)
+
+def open_index(folder: Path, generation: int | None = None) -> Index:
+    """The index of the newest generation of the data set in `folder`, or of an earlier one.
+
+    Raises Refusal (65) where a checksum does not agree, or index and manifest do not fit each other.
+    """
+    return index_of(folder, manifests.read(folder, generation))
 
 
-def open_index(folder: Path) -> Index:
-    """The index of the data set in `folder`, after its checksum agrees with the manifest's."""
-    manifest = read_manifest(folder)
-    path = folder / manifest["index"]["name"]
+def index_of(folder: Path, manifest: Manifest) -> Index:
+    path = folder / manifest.index.name
     try:
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != manifest["index"]["sha256"]:
+        content = manifests.content_of(path, manifest.index.bytes)
+        if hashlib.sha256(content).hexdigest() != manifest.index.sha256:
             raise ValueError("is not as it was written")
-    except (OSError, ValueError) as wrong:
-        raise Refusal("The data set is damaged:", [Fault(str(path), str(wrong), "ingest again")], 65) from wrong
-    table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
-    groups = {name: tuple(values) for name, values in manifest["groups"].items()}
-    column = {name: table[name].to_numpy().astype(np.int64) for name in table.column_names if name != "id"}
+        table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
+        table.validate(full=True)
+        return _checked(folder, manifest, table)
+    except (OSError, ValueError, pa.ArrowException) as wrong:
+        fault = Fault(str(path), str(wrong), "restore it, or ingest again")
+        raise Refusal("The data set is damaged:", [fault], 65) from wrong
+
+
+def schema(group_names: tuple[str, ...]) -> pa.Schema:
+    """Of the index file."""
+    groups = [(f"group.{name}", pa.int32()) for name in group_names]
+    return pa.schema([("id", pa.string()), *groups, *FIELDS.items()])
+
+
+def _checked(folder: Path, manifest: Manifest, table: pa.Table) -> Index:
+    """The table as arrays, when each number in it leads to something; so a forged index is no crash later."""
+    if table.schema != schema(tuple(manifest.groups)):
+        raise ValueError("does not have the columns of an index")
+    if any(column.null_count for column in table.columns):
+        raise ValueError("has nulls")
+    column: dict[str, Any] = {name: table[name].to_numpy() for name in table.column_names if name != "id"}
+    groups = [column.pop(f"group.{name}") for name in manifest.groups]
+    sizes = np.array([shard.bytes for shard in manifest.shards], np.int64)
+    ranges = [
+        (column["label"], len(manifest.classes)),
+        (column["split"], len(manifest.splits)),
+        (column["shard"], len(manifest.shards)),
+        *((values, len(names)) for values, names in zip(groups, manifest.groups.values(), strict=True)),
+    ]
+    if len(table) != manifest.index.rows or any(len(v) and (v.min() < 0 or v.max() >= n) for v, n in ranges):
+        raise ValueError("does not fit the manifest")
+    start, length = column["offset"], column["length"].astype(np.int64)
+    if len(table) and not ((start >= 0) & (length >= 0) & (start <= sizes[column["shard"]] - length)).all():
+        raise ValueError("leads behind the end of a shard")
     return Index(
-        labels=column["label"],
-        groups=np.stack([column[f"group.{name}"] for name in groups], 1) if groups else _no_groups(table),
-        split=column["split"],
-        shard=column["shard"],
-        offset=column["offset"],
-        length=column["length"],
-        crc32c=column["crc32c"],
-        ids=table["id"].combine_chunks(),
-        classes=tuple(manifest["classes"]),
-        group_values=groups,
-        splits=tuple(manifest["splits"]),
-        shards=tuple(shard["name"] for shard in manifest["shards"]),
+        labels=column.pop("label").astype(np.int64),
+        groups=np.stack(groups, 1).astype(np.int64) if groups else np.zeros((len(table), 0), np.int64),
+        split=column.pop("split").astype(np.int64),
+        **column,
+        ids=table["id"],
+        classes=manifest.classes,
+        group_values=manifest.groups,
+        splits=manifest.splits,
+        shards=tuple(shard.name for shard in manifest.shards),
         folder=folder,
-        fingerprint=manifest["fingerprint"],
+        fingerprint=manifest.fingerprint,
     )
-
-
-def fingerprint(manifest: Mapping[str, Any]) -> str:
-    """Hash (16 hex digits) of the parts of a manifest that say what the rows are and where they lie."""
-    content = {name: manifest[name] for name in ("classes", "groups", "splits", "index", "shards")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "dataset.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"is {manifest['format']} {manifest['version']}, not {FORMAT} {VERSION}")
-        if manifest["fingerprint"] != fingerprint(manifest):
-            raise ValueError("is not as it was written")
-        for name in (manifest["index"]["name"], *(shard["name"] for shard in manifest["shards"])):
-            if name != Path(name).name or not name.endswith(".arrow"):
-                raise ValueError(f"{name!r} is not the name of an Arrow file")
-    except FileNotFoundError:
-        fault = Fault(str(path), "does not exist", "make a data set with python -m jobs.ingest")
-        raise Refusal("There is no data set:", [fault], 65) from None
-    except (OSError, ValueError, KeyError, TypeError) as wrong:
-        raise Refusal("The data set cannot be read:", [Fault(str(path), str(wrong), "ingest again")], 65) from wrong
-    return manifest
 
 
 class Reader:
@@ -148,9 +174,15 @@ class Reader:
     def __init__(self, index: Index) -> None:
         self.index = index
         self._handles: dict[int, int] = {}
-        cells, self._cell = np.unique(np.column_stack([index.labels, index.groups]), axis=0, return_inverse=True)
+        keys = index.cells * len(index.classes) + index.labels
+        _, first, self._tail = np.unique(keys, return_index=True, return_inverse=True)
         values = list(index.group_values.values())
-        self._tails = [tail(label, *(values[a][v] for a, v in enumerate(groups))) for label, *groups in cells.tolist()]
+        labels, groups = index.labels[first].tolist(), index.groups[first].tolist()
+        texts = ((names[value] for names, value in zip(values, row, strict=True)) for row in groups)
+        self._tails = [tail(label, *row) for label, row in zip(labels, texts, strict=True)]
+        ids = pa.concat_arrays([pa.array([], pa.large_string()), *index.ids.cast(pa.large_string()).chunks])
+        _, ends, text = ids.buffers()
+        self._id_ends, self._ids = memoryview(ends).cast("q"), text.to_pybytes() if text else b""
 
     def read(self, row: int) -> bytes:
         """The image file of a row, after its checksum agrees."""
@@ -160,15 +192,22 @@ class Reader:
             what = "is not as it was written"
         except OSError as wrong:
             content, what = b"", f"cannot be read: {os.strerror(wrong.errno or 0).lower()}"
-        if checksum(content, self._tails[self._cell[row]]) != i.crc32c[row]:
-            where = i.folder / "shards" / i.shards[shard]
+        if not self.agrees(row, content):
+            where = i.folder / SHARDS / i.shards[shard]
             fault = Fault(str(where), f"row {row} ({i.ids[row]}) {what}", "ingest again, or restore it")
             raise DamagedRow("The data set is damaged:", [fault], 65)
         return content
 
+    def agrees(self, row: int, content: bytes) -> bool:
+        """Whether these bytes are the image of a row, by its checksum."""
+        # Not as an Arrow scalar: while images are decoded, its code is in no cache, and takes longer than the checksum.
+        id_ = self._ids[self._id_ends[row] : self._id_ends[row + 1]]
+        return checksum(content, self._tails[self._tail[row]] + id_ + b"\0") == self.index.crc32c[row]
+
     def _handle(self, shard: int) -> int:
         if shard not in self._handles:
-            handle = os.open(self.index.folder / "shards" / self.index.shards[shard], os.O_RDONLY)
+            path = self.index.folder / SHARDS / self.index.shards[shard]
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # nobody waits for a pipe
             if self._handles.setdefault(shard, handle) != handle:
                 os.close(handle)  # another thread was faster
         return self._handles[shard]
@@ -179,14 +218,14 @@ class Reader:
 
 
 def tail(label: int, *groups: str) -> bytes:
-    """What the checksum of a row covers after the image: the label as little-endian int64, then each group value in
-    UTF-8 with a NUL behind it."""
-    return label.to_bytes(8, "little", signed=True) + b"".join(value.encode() + b"\0" for value in groups)
+    """What the checksum of a row covers after the image: the label as little-endian int64, then each group value, and
+    at last the id (`tail_id`), in UTF-8 with a NUL behind it."""
+    return label.to_bytes(8, "little", signed=True) + b"".join(map(tail_id, groups))
+
+
+def tail_id(text: str) -> bytes:
+    return text.encode() + b"\0"
 
 
 def checksum(content: bytes, tail: bytes) -> int:
     return google_crc32c.extend(google_crc32c.value(content), tail)
-
-
-def _no_groups(table: pa.Table) -> Ints:
-    return np.zeros((len(table), 0), np.int64)

@@ -1,41 +1,45 @@
-"""Images with labels and groups -> a data set of checked, content-addressed Arrow shards, published at the end."""
+"""Images with labels and groups -> a generation of a data set: checked, content-addressed Arrow shards, published last.
 
-import math
+The rows are listed to the disk, then read, checked and stored by tasks, in any number of processes. What a task has
+done stays when an ingest is killed, and is taken up by the same command.
+"""
+
 import os
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
-from itertools import accumulate, groupby
-from multiprocessing import get_context
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Annotated, Any
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt
 
-from data_loaders import durable
-from data_loaders.decode import PIXEL_CAP
+from data_loaders import durable, manifest
 from data_loaders.faults import Fault, Refusal
-from data_loaders.index import FORMAT, VERSION, Index, fingerprint
+from data_loaders.index import FIELDS, Index, index_of, schema
+from data_loaders.manifest import SHARDS, WORK, File, Generation, Manifest
+from data_loaders.plan import BATCH, Plan
 from data_loaders.progress import Progress
-from data_loaders.settings import Fraction, Settings, digest
-from data_loaders.shards import SHARD_FILE, Shard, Task, write_shard
+from data_loaders.rejects import Cell, Rejects, uneven
+from data_loaders.settings import Settings, digest
+from data_loaders.shards import Done, Shards, Task, write_shards
 from data_loaders.sources import AnySource
-from data_loaders.sources.rows import Listing, Rejected, Row, without_divided_units, without_twins, write_rejected
+from data_loaders.sources.rows import Row, Unreadable
 from data_loaders.splits import TRAIN, Splits
 
-Run = Callable[[Callable[[Task], Shard], list[Task]], Iterable[Shard]]
-"""Applies a function to every task, somewhere, and yields the results in order."""
-
-
-class Rejects(Settings):
-    """What happens when rows are bad."""
-
-    allow: Fraction = 0.0
-    """Largest share of the rows that may be dropped; above it, nothing is written but the list of them."""
+Run = Callable[[Callable[[Task], Done], Iterable[Task]], Iterable[Done]]
+"""Applies a function to every task, somewhere, and yields the results in order; takes few tasks ahead."""
+AHEAD = 2
+"""Tasks for each process that wait or are done out of order."""
+INDEXED = 150
+"""Bytes that a row takes in the index, about."""
+SAMPLED = 64
+"""Images whose sizes say how large the others are, where the disk is full before one is stored."""
 
 
 class Ingest(Settings):
@@ -44,198 +48,283 @@ class Ingest(Settings):
     source: AnySource
     """Where the images come from."""
     out: Path
-    """Folder of the data set; must not hold one yet."""
+    """Folder of the data set; must not hold one yet, but to append."""
+    append: bool = False
+    """Adds the rows that the data set does not hold as a new generation; the others stay as they are."""
     classes: tuple[str, ...] = ()
     """Classes in the order of their numbers; by default all labels, sorted."""
     splits: Splits = Splits()
     rejects: Rejects = Rejects()
-    pixel_cap: PositiveInt = PIXEL_CAP
-    """Images that claim more pixels are rejected before they are decoded."""
-    shard_rows: PositiveInt = 4096
-    """Most rows in a shard."""
-    shard_megabytes: Annotated[int, Field(gt=0, le=1024)] = 64
-    """Image bytes in a shard, in 10^6; the last image may exceed them."""
+    shards: Shards = Shards()
     workers: NonNegativeInt = 0
     """Processes; 0 is one for each core."""
     address: str | None = None
     """Ray cluster to run on ("auto" or ray://…); by default, processes of this machine."""
 
 
-def ingest(settings: Ingest, run: Run) -> Path:
-    """Writes the data set; the path of its dataset.json. Everything that is wrong is found in one pass."""
-    out = settings.out
-    durable.lasting(out, "out")
-    if (out / "dataset.json").exists():
-        fault = Fault(str(out), "holds a data set already", "give another out=…, or remove it")
-        raise Refusal("Nothing was written:", [fault], 73)
-    listing = without_divided_units(without_twins(settings.source.listing()))
-    listing = _with_known_labels(listing, settings.classes)
-    classes = settings.classes or tuple(sorted({row.label for row in listing.rows}))
-    rows = settings.splits.draw(listing.rows)
-    with _all_or_nothing(out):
-        shards: list[Shard] = []
-        progress = Progress("ingest", len(rows), "rows")
-        for shard in run(write_shard, _tasks(settings, rows, classes, listing.group_names)):
-            shards.append(shard)
-            progress.show(sum(len(s.rows) + len(s.rejected) for s in shards))
-        rejected = listing.rejected + [r for shard in shards for r in shard.rejected]
-        write_rejected(out / "rejected.csv", rejected, listing.group_names)
-        _refuse_if(settings, classes, [row for shard in shards for row in shard.rows], rejected)
-        shards = [shard for shard in shards if shard.name]
-        index = _index(out, shards, classes, listing.group_names)
-        return _publish(settings, index, shards, rejected)
+def ingest(settings: Ingest, run: Run) -> Manifest:
+    """Writes a generation of the data set, and returns what it is. Everything that is wrong is found in one pass."""
+    out = durable.lasting(settings.out, "out")
+    with _writing(out) as former:
+        held = _held(settings, former)
+        classes = held.classes if held else settings.classes
+        plan = Plan(out / WORK / "plan", settings.source, settings.splits, classes, held)
+        with closing(plan.rejections):
+            return _store(settings, run, plan, former, held)
 
 
 def in_processes(workers: int) -> Run:
     """Runs tasks in processes of this machine."""
 
-    def run(work: Callable[[Task], Shard], tasks: list[Task]) -> Iterator[Shard]:
-        count = min(workers or len(os.sched_getaffinity(0)), len(tasks))
-        if count <= 1:
+    def run(work: Callable[[Task], Done], tasks: Iterable[Task]) -> Iterator[Done]:
+        count = workers or len(os.sched_getaffinity(0))
+        if count == 1:
             yield from map(work, tasks)
             return
-        with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
-            yield from pool.map(work, tasks)
+        with ProcessPoolExecutor(count, get_context("spawn"), initializer=_end_with_parent) as pool:
+            ahead: deque[Future[Done]] = deque()
+            for task in tasks:
+                ahead.append(pool.submit(work, task))
+                if len(ahead) > AHEAD * count:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
     return run
 
 
+def _end_with_parent() -> None:
+    """Lets this process neither write on nor wait for ever for tasks when the one that started it was killed."""
+
+    def wait() -> None:
+        parent = parent_process()
+        assert parent
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
+
+
 @contextmanager
-def _all_or_nothing(out: Path) -> Iterator[None]:
-    """A folder for shards, which keeps none when the block fails, nor any that a killed run left there."""
+def _writing(out: Path) -> Iterator[Manifest | None]:
+    """A folder to add a generation to; yields the newest one. At the end nothing is left that no generation names; what
+    a killed or failed run has stored stays for the next one."""
     try:
-        _sweep(out)
-        (out / "shards").mkdir(parents=True, exist_ok=True)
-        yield
+        durable.make_folder(out)
+        with durable.locked(out):
+            former = manifest.generations(out)
+            for name in (SHARDS, f"{WORK}/parts", f"{WORK}/plan"):
+                durable.make_folder(out / name)
+            try:
+                yield former[-1] if former else None
+            except Refusal:
+                manifest.sweep(out, former)
+                raise
+            manifest.sweep(out, manifest.generations(out))
     except OSError as wrong:
-        _sweep(out)
-        fault = Fault(str(wrong.filename or out), (wrong.strerror or str(wrong)).lower(), "give another out=…")
+        what = (wrong.strerror or str(wrong)).lower()
+        fix = "make room" if wrong.errno in durable.FULL else "make it a folder that can be written"
+        kept = any(out.glob(f"{WORK}/parts/[!.]*"))
+        fix += ", or give another out=…" + ("; what is stored is kept, and the same command goes on" if kept else "")
+        fault = Fault(str(wrong.filename or out), what, fix)
         raise Refusal("The data set cannot be written:", [fault], 73) from wrong
-    except BaseException:
-        _sweep(out)
-        raise
 
 
-def _sweep(out: Path) -> None:
-    left = [path for path in out.glob("shards/*") if SHARD_FILE.fullmatch(path.name)]
-    for path in (*left, *out.glob("index.arrow")):
-        path.unlink()
-    with suppress(OSError):
-        (out / "shards").rmdir()
+def _held(settings: Ingest, former: Manifest | None) -> Index | None:
+    """What the data set holds, if rows may be added to it."""
+    if former is None:
+        return None
+    out, source = settings.out, settings.source
+    index, faults = index_of(out, former), list[Fault]()
+    if not settings.append:
+        faults += [Fault(str(out), "holds a data set already", "append=true adds rows to it, or give another out=…")]
+    elif tuple(former.groups) != source.group_names:
+        what, fix = f"has the group columns {', '.join(former.groups) or 'none'}", "append rows with the same ones"
+        faults += [Fault(str(out), what, fix)]
+    elif settings.classes not in {(), former.classes}:
+        what, fix = f"has the classes {', '.join(former.classes)}", "leave `classes` out, or ingest all anew"
+        faults += [Fault(str(out), what, fix)]
+    elif getattr(source, "split_by", None) and not index.unit.all():
+        faults += [Fault(str(out), "was not divided by units", "leave source.split_by out, or ingest all anew")]
+    if faults:
+        raise Refusal("Nothing was written:", faults, 73)
+    return index
 
 
-def _with_known_labels(listing: Listing, classes: tuple[str, ...]) -> Listing:
-    if not classes:
-        return listing
-    known = Listing(listing.group_names, [], listing.rejected)
-    for row in listing.rows:
-        if row.label in classes:
-            known.rows.append(row)
-        else:
-            known.reject(row, row.where, f"label {row.label!r} is not in `classes`", "add it, or remove the row")
-    return known
+def _tasks(settings: Ingest, plan: Plan, generation: int) -> Iterator[Task]:
+    """The good rows, divided."""
+    waiting: dict[str, list[Row]] = defaultdict(list)
+    numbers = Counter[str]()
+
+    def task(split: str) -> Task:
+        number, rows, source = numbers[split], waiting.pop(split), settings.source
+        numbers[split] += 1
+        where = settings.out, split, number, generation
+        return Task(*where, rows, source, plan.classes, source.group_names, settings.shards)
+
+    for row in plan.rows():
+        waiting[row.split].append(row)
+        if len(waiting[row.split]) == settings.shards.rows:
+            yield task(row.split)
+    for split in sorted(waiting, key=_in_order):
+        yield task(split)
 
 
-def _tasks(settings: Ingest, rows: list[Row], classes: tuple[str, ...], groups: tuple[str, ...]) -> list[Task]:
-    """Shards of similar size, so that no worker waits for one large shard."""
-    cap = settings.shard_rows * settings.shard_megabytes * 10**6
-    by_split: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_split[row.split].append(row)
-    tasks: list[Task] = []
-    for split in sorted(by_split, key=lambda name: (name != TRAIN, name)):
-        fill = [max(cap // settings.shard_rows, _size(row.file) * settings.shard_rows) for row in by_split[split]]
-        total, begins = sum(fill), accumulate(fill, initial=0)
-        count = -(-total // cap)
-        numbered = groupby(zip(begins, by_split[split], strict=False), key=lambda item: item[0] * count // total)
-        for number, (_, members) in enumerate(numbered):
-            part = [row for _, row in members]
-            tasks.append(Task(settings.out / "shards", number, part, classes, groups, settings.pixel_cap))
-    return tasks
+def _in_order(split: str) -> tuple[bool, str]:
+    return split != TRAIN, split
 
 
-def _size(file: str) -> int:
+def _store(settings: Ingest, run: Run, plan: Plan, former: Manifest | None, held: Index | None) -> Manifest:
+    out, rejections = settings.out, plan.rejections
+    generation = former.generation + 1 if former else 1
+    progress, dones, stored, done = Progress("ingest", plan.new, "rows"), list[Done](), 0, 0
     try:
-        return os.stat(file).st_size
-    except OSError:
-        return 0  # the shard's writer says what is wrong with it
+        for finished in run(write_shards, _tasks(settings, plan, generation)):
+            for rejected in finished.rejected:
+                rejections.add(rejected, image=True)
+            done += finished.rows + len(finished.rejected)
+            stored += sum(shard.bytes for shard in finished.shards)
+            finished.rejected.clear()
+            dones.append(finished)
+            progress.show(done)
+        rejections.write(out / "rejected.csv")
+        kept = _cells(dones, plan.classes, settings.source.group_names)
+        _refuse_if(settings, plan, kept, former)
+        return _publish(settings, plan, dones, kept, former, held) if kept or not former else former
+    except OSError as wrong:
+        what = wrong.strerror or str(wrong)
+        if wrong.errno in durable.FULL:
+            each = stored / done if done else _bytes_of_an_image(settings.source, plan)
+            rows = plan.new + (former.index.rows if former else 0)
+            what += f", some {each * (plan.new - done) + INDEXED * rows:,.0f} bytes more are needed"
+        raise OSError(wrong.errno, what, wrong.filename) from wrong
 
 
-def _refuse_if(settings: Ingest, classes: tuple[str, ...], good: list[Row], rejected: list[Rejected]) -> None:
-    total = len(good) + len(rejected)
-    if rejected and len(rejected) / total > settings.rejects.allow:
-        enough = math.ceil(len(rejected) / total * 1000) / 1000
-        title = f"{len(rejected):,} of {total:,} rows cannot be used, all listed in {settings.out / 'rejected.csv'}"
-        title += f"; rejects.allow={enough:g} would drop them:" if enough < 1 else ":"
-        raise Refusal(title, [r.fault for r in rejected], 65)
-    trained = Counter(row.label for row in good if row.split == TRAIN)
-    faults = [Fault(c, "has no training row", "add images of it, or give classes=…") for c in classes if not trained[c]]
-    if len(classes) < 2:
-        faults.append(Fault("source", f"has {len(classes)} classes", "a classifier needs two"))
+def _bytes_of_an_image(source: AnySource, plan: Plan) -> float:
+    sizes = [0]
+    with source.reader() as read:
+        for row in plan.first(SAMPLED):
+            with suppress(OSError, Unreadable):
+                sizes.append(len(read(row)))
+    return sum(sizes) / max(1, len(sizes) - 1)
+
+
+def _cells(dones: list[Done], classes: tuple[str, ...], group_names: tuple[str, ...]) -> Counter[Cell]:
+    """Split, class and groups -> rows that were stored."""
+    cells = Counter[Cell]()
+    keys = ["label", *(f"group.{name}" for name in group_names)]
+    for done in dones:
+        counts = _part(done).group_by(keys).aggregate([([], "count_all")])
+        for label, *groups, rows in zip(*(counts[key].to_pylist() for key in (*keys, "count_all")), strict=True):
+            cells[done.split, classes[label], *groups] += rows
+    return cells
+
+
+def _refuse_if(settings: Ingest, plan: Plan, kept: Counter[Cell], former: Manifest | None) -> None:
+    rejections, listed = plan.rejections, settings.out / "rejected.csv"
+    if refusal := rejections.refusal(settings.rejects.allow, kept.total() + plan.known, listed):
+        raise refusal
+    if settings.rejects.uneven == "refuse":
+        stored = Counter(plan.known_cells)
+        for (_, *cell), rows in kept.items():
+            stored[tuple(cell)] += rows
+        fix = f"repair them, they are listed in {listed}; or set rejects.uneven=allow"
+        if found := uneven(rejections.cells, stored, rejections.group_names):
+            faults = [
+                Fault(u.attribute, f"{u.dropped:,} of {u.rows:,} rows of {u.value!r} are dropped, p = {u.p:.4f}", fix)
+                for u in found
+            ]
+            raise Refusal("The rows that cannot be used are not spread as chance would:", faults, 65)
+    trained = Counter(former.rows.get(TRAIN)) if former else Counter[str]()
+    for (split, label, *_), rows in kept.items():
+        trained[label] += rows * (split == TRAIN)
+    fix = "add images of it, or give classes=…"
+    faults = [Fault(label, "has no training row", fix) for label in plan.classes if not trained[label]]
+    if len(plan.classes) < 2:
+        faults.append(Fault("source", f"has {len(plan.classes)} classes", "a classifier needs two"))
     if faults:
         raise Refusal("There is not enough to train on:", faults, 65)
 
 
-def _index(out: Path, shards: list[Shard], classes: tuple[str, ...], group_names: tuple[str, ...]) -> Index:
-    rows = [row for shard in shards for row in shard.rows]
-    values = {name: tuple(sorted({row.groups[a] for row in rows})) for a, name in enumerate(group_names)}
-    code = [{value: i for i, value in enumerate(names)} for names in values.values()]
-    splits = tuple(dict.fromkeys(row.split for row in rows))
-    return Index(
-        labels=np.array([classes.index(row.label) for row in rows]),
-        groups=np.array([[code[a][v] for a, v in enumerate(row.groups)] for row in rows]).reshape(len(rows), -1),
-        split=np.array([splits.index(row.split) for row in rows]),
-        shard=np.repeat(np.arange(len(shards)), [len(shard.rows) for shard in shards]),
-        offset=np.concatenate([shard.offset for shard in shards]),
-        length=np.concatenate([shard.length for shard in shards]),
-        crc32c=np.concatenate([shard.crc32c for shard in shards]),
-        ids=pa.array([row.path for row in rows], pa.string()),
-        classes=classes,
-        group_values=values,
+def _publish(
+    settings: Ingest, plan: Plan, dones: list[Done], kept: Counter[Cell], former: Manifest | None, held: Index | None
+) -> Manifest:
+    names = settings.source.group_names
+    before = former.groups if former else dict.fromkeys(names, ())
+    groups = {
+        name: (*before[name], *sorted({cell[2 + a] for cell in kept} - {*before[name]})) for a, name in enumerate(names)
+    }
+    splits = former.splits if former else ()
+    splits = (*splits, *sorted({split for split, *_ in kept} - {*splits}, key=_in_order))
+    rows = {split: dict.fromkeys(plan.classes, 0) | (former.rows.get(split, {}) if former else {}) for split in splits}
+    images = Counter(former.images) if former else Counter[str]()
+    for (split, label, *_), count in kept.items():
+        rows[split][label] += count
+    for done in dones:
+        images.update(done.images)
+    generation = former.generation + 1 if former else 1
+    shards = (*(former.shards if former else ()), *(shard for done in dones for shard in done.shards))
+    made = Manifest(
+        generation=generation,
+        history=(*former.history, _of(former)) if former else (),
+        classes=plan.classes,
+        groups=groups,
         splits=splits,
-        shards=tuple(shard.name for shard in shards),
-        folder=out,
-        fingerprint="",
+        index=_write_index(settings.out, generation, dones, groups, splits, held),
+        shards=shards,
+        rows=rows,
+        images=dict(sorted(images.items())),
+        rejected=plan.rejections.dropped(),
+        settings={"digest": digest(settings), **settings.model_dump(mode="json")},
     )
+    return manifest.publish(settings.out, made)
 
 
-def _publish(settings: Ingest, index: Index, shards: list[Shard], rejected: list[Rejected]) -> Path:
-    with durable.writing(settings.out / "index.arrow") as aside:
-        table = index.table()
-        with pa.ipc.new_file(aside, table.schema) as writer:
+def _of(former: Manifest) -> Generation:
+    return Generation(generation=former.generation, fingerprint=former.fingerprint, rows=former.index.rows)
+
+
+def _write_index(
+    out: Path,
+    generation: int,
+    dones: list[Done],
+    groups: dict[str, tuple[str, ...]],
+    splits: tuple[str, ...],
+    held: Index | None,
+) -> File:
+    codes = {name: {value: code for code, value in enumerate(values)} for name, values in groups.items()}
+    rows, shards = 0, len(held.shards) if held else 0
+    with (
+        durable.named_by_hash(out, f"index-g{generation}") as sink,
+        pa.ipc.new_file(pa.PythonFile(sink, "w"), schema(tuple(groups))) as writer,
+    ):
+        for table in _held_tables(held) if held else ():
             writer.write_table(table)
-        index_sha = durable.sha256(aside)
-    content: dict[str, Any] = {
-        "classes": index.classes,
-        "groups": index.group_values,
-        "splits": index.splits,
-        "index": {"name": "index.arrow", "sha256": index_sha},
-        "shards": [{"name": s.name, "rows": len(s.rows), "bytes": s.size, "sha256": s.sha256} for s in shards],
-    }
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "fingerprint": fingerprint(content),
-        **content,
-        "rows": {split: _by_class(index, split) for split in index.splits},
-        "rejected": _counted(rejected, tuple(index.group_values)),
-        "settings": {"digest": digest(settings), **settings.model_dump(mode="json")},
-    }
-    path = settings.out / "dataset.json"
-    durable.write_json(path, manifest)
-    return path
+            rows += len(table)
+        for done in dones:
+            part = _part(done)
+            columns = {name: part[name].combine_chunks() for name in part.column_names}
+            columns["split"] = pa.array(np.full(len(part), splits.index(done.split), np.int16))
+            columns["shard"] = pa.array(part["shard"].to_numpy() + np.int32(shards))
+            for name, values in codes.items():
+                column = f"group.{name}"
+                columns[column] = pa.array([values[value] for value in part[column].to_pylist()], pa.int32())
+            writer.write_table(pa.table(columns, schema=schema(tuple(groups))))
+            rows, shards = rows + len(part), shards + len(done.shards)
+    return File(name=sink.path.name, rows=rows, bytes=sink.size, sha256=sink.sha256)
 
 
-def _by_class(index: Index, split: str) -> dict[str, int]:
-    count = np.bincount(index.labels[index.rows_of(split)], minlength=len(index.classes))
-    return dict(zip(index.classes, count.tolist(), strict=True))
+def _held_tables(held: Index) -> Iterator[pa.Table]:
+    """The index of the generation before, as it is stored."""
+    for start in range(0, len(held.labels), BATCH):
+        part = slice(start, start + BATCH)
+        columns: dict[str, Any] = {"id": held.ids[part], "label": held.labels[part]}
+        columns |= {f"group.{name}": held.groups[part, a] for a, name in enumerate(held.group_values)}
+        columns |= {name: getattr(held, name)[part] for name in FIELDS if name != "label"}
+        stored = schema(tuple(held.group_values))
+        yield pa.table(columns).select(stored.names).cast(stored)
 
 
-def _counted(rejected: list[Rejected], group_names: tuple[str, ...]) -> dict[str, Any]:
-    """Dropped rows by class, and by the value of each group column; an empty cell counts as (none)."""
-    by_group = {
-        name: dict(Counter((r.row.groups[a] if a < len(r.row.groups) else "") or "(none)" for r in rejected))
-        for a, name in enumerate(group_names)
-    }
-    by_class = dict(Counter(r.row.label or "(none)" for r in rejected))
-    return {"rows": len(rejected), "by_class": by_class, "by_group": by_group}
+def _part(done: Done) -> pa.Table:
+    with pa.OSFile(str(done.part)) as file:
+        return pa.ipc.open_file(file).read_all().replace_schema_metadata(None)

@@ -18,12 +18,11 @@ from pydantic import PositiveInt
 
 from data_loaders.augment import AnyAugmentation, Standard, centred, rng
 from data_loaders.decode import Pixels, Undecodable, decode
-from data_loaders.faults import Fault
-from data_loaders.index import Index, Ints, Reader
+from data_loaders.index import Index, Ints, Reader, open_index
 from data_loaders.sampler import AnySampler, Sampler, Stratified
 from data_loaders.settings import Settings
-from data_loaders.shards import read_file
-from data_loaders.sources.rows import Rejected, Row
+from data_loaders.shards import rejected
+from data_loaders.sources.rows import Rejected, Row, Source, Unreadable
 from data_loaders.splits import TRAIN
 
 
@@ -32,6 +31,8 @@ class Data(Settings):
 
     path: Path
     """Folder of the data set, made by `python -m jobs.ingest`."""
+    generation: PositiveInt | None = None
+    """Of the data set; by default the newest."""
     train: str = TRAIN
     """Split to learn from."""
     validation: str = "val"
@@ -48,6 +49,10 @@ class Data(Settings):
     """Threads that load images, in each worker; changes the speed, never a batch."""
     prefetch: PositiveInt = 4
     """Batches loaded ahead."""
+
+    def index(self) -> Index:
+        """Of the data set."""
+        return open_index(self.path, self.generation)
 
 
 class Batch(NamedTuple):
@@ -132,20 +137,28 @@ def _batches(
                 future.cancel()
 
 
-def file_batches(rows: list[Row], data: Data) -> Iterator[tuple[NDArray[np.uint8], list[Row], list[Rejected]]]:
-    """Image files outside of any data set, as evaluation sees them: images [B, 3, size, size], their rows, and rows
-    that cannot be decoded, which have no image."""
+def file_batches(
+    source: Source, rows: list[Row], data: Data
+) -> Iterator[tuple[NDArray[np.uint8], list[Row], list[Rejected]]]:
+    """Images of a source, as evaluation sees them: images [B, 3, size, size], their rows, and rows that cannot be read
+    or decoded, which have no image."""
 
-    def load(row: Row) -> Pixels | Rejected:
+    def fetch(row: Row) -> bytes | Rejected:
         try:
-            return centred(decode(read_file(Path(row.file))), data.size)
-        except (OSError, Undecodable) as wrong:
-            return Rejected(row, Fault(row.where, f"{row.path!r}: {wrong}", "repair or remove the image"))
+            return read(row)
+        except (OSError, Unreadable) as wrong:
+            return rejected(row, wrong)
 
-    with ThreadPoolExecutor(data.threads, "loader") as pool:
+    def load(row: Row, content: bytes | Rejected) -> Pixels | Rejected:
+        try:
+            return content if isinstance(content, Rejected) else centred(decode(content), data.size)
+        except Undecodable as wrong:
+            return rejected(row, wrong)
+
+    with source.reader() as read, ThreadPoolExecutor(data.threads, "loader") as pool:
         for start in range(0, len(rows), data.batch):
             part = rows[start : start + data.batch]
-            loaded = list(zip(part, pool.map(load, part), strict=True))
+            loaded = list(zip(part, pool.map(load, part, map(fetch, part)), strict=True))
             images = [image.transpose(2, 0, 1) for _, image in loaded if not isinstance(image, Rejected)]
             empty = np.zeros((0, 3, data.size, data.size), np.uint8)
             yield (

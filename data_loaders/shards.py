@@ -1,129 +1,244 @@
-"""Writes rows as a shard: an Arrow IPC file that Hugging Face, polars, pandas and pyarrow read as it is.
+"""Writes rows as shards: Arrow IPC files that Hugging Face, polars, pandas and pyarrow read as they are.
 
 Columns: id, image {bytes, path}, label, one string column for each group, crc32c. The name holds the file's hash, so a
 shard is never rewritten; where each image lies in the file goes to the index.
 """
 
+import hashlib
 import json
 import os
-import re
-import stat
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
+from pydantic import Field, PositiveInt
 
 from data_loaders import durable
-from data_loaders.decode import Undecodable, decode
+from data_loaders.decode import PIXEL_CAP, Undecodable
+from data_loaders.examine import Check, Seen, examine
 from data_loaders.faults import Fault
-from data_loaders.index import Ints, checksum, tail
-from data_loaders.sources.rows import Rejected, Row
+from data_loaders.index import FIELDS, Ints, tail, tail_id
+from data_loaders.manifest import SHARDS, WORK, File
+from data_loaders.recode import Resize
+from data_loaders.settings import Settings, digest
+from data_loaders.sources.rows import Rejected, Row, Source, Unreadable
 
 BATCH_ROWS = 256
-FILE_CAP = 256 * 2**20
-SHARD_FILE = re.compile(r"\.?\w[\w.-]*-\d{5,}(-[0-9a-f]{8}\.arrow|\.\d+\.tmp)")
-"""Names of shards, finished or not."""
+
+
+class Shards(Settings):
+    """How images are checked and stored."""
+
+    check: Check = "decode"
+    """decode finds every broken image, and takes its perceptual hash; header trusts all but its size and its end."""
+    pixel_cap: PositiveInt = PIXEL_CAP
+    """Images that claim more pixels are rejected before they are decoded."""
+    resize: Resize | None = None
+    """Makes images smaller, and of one format; without it, they are stored byte for byte."""
+    rows: PositiveInt = 4096
+    """Most rows that one worker takes at a time, and most in a shard."""
+    megabytes: Annotated[int, Field(gt=0, le=1024)] = 64
+    """Image bytes in a shard, in 10^6; the last image may exceed them."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows of one split, to become one shard."""
+    """Rows of one split, to become one shard or more."""
 
     folder: Path
+    """Of the data set."""
+    split: str
     number: int
+    generation: int
     rows: list[Row]
+    source: Source
     classes: tuple[str, ...]
     group_names: tuple[str, ...]
-    pixel_cap: int
+    shards: Shards
+
+    @property
+    def part(self) -> Path:
+        """Where its part of the index goes; named by what the task is, so that a second run knows it."""
+        about = (self.split, self.number, self.generation, self.rows, digest(self.source), digest(self.shards))
+        key = hashlib.sha256(json.dumps((*about, self.classes, self.group_names)).encode()).hexdigest()
+        return self.folder / WORK / "parts" / f"{key[:32]}.arrow"
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A shard that was written (`name` is empty if no row was good), and the rows that were not."""
+class Done:
+    """What became of a task: shards, a part of the index, and the rows that could not be used."""
 
-    name: str
-    size: int
-    sha256: str
-    rows: list[Row]
-    offset: Ints
-    length: Ints
-    crc32c: Ints
-    rejected: list[Rejected]
+    part: Path
+    split: str
+    shards: list[File]
+    rejected: list[Rejected] = field(default_factory=list)
+    images: Counter[str] = field(default_factory=Counter)
+    """Format, and what was not plain -> images."""
 
-
-def write_shard(task: Task) -> Shard:
-    """Checks every image by decoding it, and writes the good ones."""
-    rows: list[Row] = []
-    contents: list[bytes] = []
-    rejected: list[Rejected] = []
-    for row in task.rows:
-        try:
-            content = read_file(Path(row.file))
-            decode(content, task.pixel_cap)
-        except (OSError, Undecodable) as wrong:
-            reason = os.strerror(wrong.errno).lower() if isinstance(wrong, OSError) and wrong.errno else str(wrong)
-            rejected.append(Rejected(row, Fault(row.where, f"{row.path!r}: {reason}", "repair or remove the image")))
-        else:
-            rows.append(row)
-            contents.append(content)
-    if not rows:
-        none = np.zeros(0, np.int64)
-        return Shard("", 0, "", [], none, none, none, rejected)
-    sums = [checksum(c, tail(task.classes.index(r.label), *r.groups)) for c, r in zip(contents, rows, strict=True)]
-    table = _table(task, rows, contents, sums)
-    name, size, sha256, offset, length = _publish(task, table)
-    return Shard(name, size, sha256, rows, offset, length, np.array(sums, np.int64), rejected)
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of an image file, of a regular one of a sane size: a pipe or a device could be read for ever."""
-    info = path.stat()
-    if not stat.S_ISREG(info.st_mode):
-        raise Undecodable("is not a regular file")
-    if info.st_size > FILE_CAP:
-        raise Undecodable(f"has {info.st_size:,} bytes, more than the cap of {FILE_CAP:,}")
-    return path.read_bytes()
+def write_shards(task: Task) -> Done:
+    """Reads, checks and stores the images of a task, unless a run before this one did so."""
+    return _finished(task) or _write(task)
 
 
-def _table(task: Task, rows: list[Row], contents: list[bytes], sums: list[int]) -> pa.Table:
-    image = pa.StructArray.from_arrays(
-        [pa.array(contents, pa.binary()), pa.array([row.path for row in rows], pa.string())], names=["bytes", "path"]
+def rejected(row: Row, wrong: Exception) -> Rejected:
+    """A row whose image cannot be used, and why."""
+    reason = os.strerror(wrong.errno).lower() if isinstance(wrong, OSError) and wrong.errno else str(wrong)
+    return Rejected(row, Fault(row.where, f"{row.id!r}: {reason}", "repair or remove the image"))
+
+
+def index_schema(group_names: tuple[str, ...]) -> pa.Schema:
+    """Of a part of the index: groups by name, and shards counted from 0."""
+    return pa.schema([("id", pa.string()), *((f"group.{name}", pa.string()) for name in group_names), *FIELDS.items()])
+
+
+class _Open:
+    """The rows of a shard that is being filled. Their images lie in one piece of memory, which serves all shards of a
+    task: to get memory anew for each costs more than to copy an image."""
+
+    def __init__(self, capacity: int) -> None:
+        self._images = np.empty(capacity, np.uint8)
+        self.clear()
+
+    def clear(self) -> None:
+        self.rows: list[Row] = []
+        self.seen: list[Seen] = []
+        self.plain: list[int] = []
+        """CRC-32C of each image."""
+        self._ends = [0]
+
+    def add(self, row: Row, content: bytes, seen: Seen) -> None:
+        start, end = self.bytes, self.bytes + len(content)
+        if end > len(self._images):
+            self._images = np.append(self._images, np.empty(end - len(self._images), np.uint8))
+        self._images[start:end] = np.frombuffer(content, np.uint8)
+        self.rows.append(row)
+        self.seen.append(seen)
+        self.plain.append(google_crc32c.value(content))
+        self._ends.append(end)
+
+    @property
+    def bytes(self) -> int:
+        return self._ends[-1]
+
+    def images(self) -> pa.Array:
+        """Valid until the next row is added. Ends with the last one: what lies behind would be stored as padding."""
+        buffers = [None, pa.py_buffer(np.array(self._ends, np.int32)), pa.py_buffer(self._images[: self.bytes])]
+        return pa.Array.from_buffers(pa.binary(), len(self.rows), buffers)
+
+
+def _write(task: Task) -> Done:
+    done, tables = Done(task.part, task.split, []), list[pa.Table]()
+    capacity = task.shards.megabytes * 10**6
+    current = _Open(min(capacity * 5 // 4, len(task.rows) * 2**17))
+
+    def close() -> None:
+        if current.rows:
+            file, table = _write_shard(task, len(done.shards), current)
+            done.shards.append(file)
+            tables.append(table)
+            current.clear()
+
+    with task.source.reader() as read:
+        for row in task.rows:
+            try:
+                content, seen = _image(task.shards, read, row)
+            except (OSError, Undecodable, Unreadable) as wrong:
+                done.rejected.append(rejected(row, wrong))
+                continue
+            current.add(row, content, seen)
+            done.images.update((seen.format, *seen.notes))
+            if current.bytes >= capacity:
+                close()
+    close()
+    about = {"shards": [shard.model_dump() for shard in done.shards], "images": done.images}
+    part = pa.concat_tables(tables) if tables else index_schema(task.group_names).empty_table()
+    with durable.writing(task.part) as aside:
+        part = part.replace_schema_metadata({"done": json.dumps(about)})
+        with aside.open("wb") as sink, pa.ipc.new_file(sink, part.schema) as writer:
+            writer.write_table(part)
+    return done
+
+
+def _finished(task: Task) -> Done | None:
+    """What a killed run made of the same task. One that dropped rows is done again: the images may be repaired."""
+    with suppress(OSError, ValueError, KeyError, pa.ArrowException):
+        with pa.ipc.open_file(task.part) as reader:
+            about = json.loads(reader.schema.metadata[b"done"])
+            rows = sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
+        shards = [File.model_validate(shard) for shard in about["shards"]]
+        sizes = [(task.folder / SHARDS / shard.name).stat().st_size for shard in shards]
+        if rows == len(task.rows) and sizes == [shard.bytes for shard in shards]:
+            return Done(task.part, task.split, shards, images=Counter(about["images"]))
+    return None
+
+
+def _image(shards: Shards, read: Callable[[Row], bytes], row: Row) -> tuple[bytes, Seen]:
+    content = read(row)
+    if shards.resize:
+        content = shards.resize(content, shards.pixel_cap)
+    return content, examine(content, shards.pixel_cap, shards.check)
+
+
+def _write_shard(task: Task, number: int, filled: _Open) -> tuple[File, pa.Table]:
+    """The file, and its part of the index."""
+    rows, seen, plain = filled.rows, filled.seen, filled.plain
+    code = {name: k for k, name in enumerate(task.classes)}
+    labels = [code[row.label] for row in rows]
+    sums = [
+        google_crc32c.extend(crc, tail(label, *row.groups) + tail_id(row.id))
+        for crc, label, row in zip(plain, labels, rows, strict=True)
+    ]
+    ids = pa.array([row.id for row in rows], pa.string())
+    groups = {name: pa.array([row.groups[a] for row in rows], pa.string()) for a, name in enumerate(task.group_names)}
+    image = pa.StructArray.from_arrays([filled.images(), ids], names=["bytes", "path"])
+    columns = {"id": ids, "image": image, "label": pa.array(labels, pa.int64()), **groups}
+    table = pa.table({**columns, "crc32c": pa.array(sums, pa.uint32())}).replace_schema_metadata(
+        hugging_face(task.classes, task.group_names)
     )
-    columns = {
-        "id": pa.array([row.path for row in rows], pa.string()),
-        "image": image,
-        "label": pa.array([task.classes.index(row.label) for row in rows], pa.int64()),
-        **{name: pa.array([row.groups[a] for row in rows], pa.string()) for a, name in enumerate(task.group_names)},
-        "crc32c": pa.array(sums, pa.uint32()),
-    }
-    return pa.table(columns).replace_schema_metadata(_hugging_face(task))
+    stem = f"{task.split}-g{task.generation}-{task.number:05d}-{number:02d}"
+    with (
+        durable.named_by_hash(task.folder / SHARDS, stem) as sink,
+        pa.ipc.new_file(pa.PythonFile(sink, "w"), table.schema) as writer,
+    ):
+        writer.write_table(table, max_chunksize=BATCH_ROWS)
+    offset, length = _places(sink.path)
+    index: dict[str, Any] = {"id": ids, **{f"group.{name}": values for name, values in groups.items()}}
+    index |= {"label": labels, "split": [0] * len(rows), "shard": [number] * len(rows)}
+    index |= {"offset": offset, "length": length, "crc32c": sums, "image_crc32c": plain}
+    index |= {name: [getattr(s, name) for s in seen] for name in ("width", "height", "quality", "look")}
+    index |= {"unit": [unit_hash(row.unit) for row in rows]}
+    file = File(name=sink.path.name, rows=len(rows), bytes=sink.size, sha256=sink.sha256)
+    return file, pa.table(index, schema=index_schema(task.group_names))
 
 
-def _hugging_face(task: Task) -> dict[str, str]:
+def unit_hash(unit: str) -> int:
+    """64 bits that stand for a unit in the index; 0 for none."""
+    return int.from_bytes(hashlib.blake2b(unit.encode(), digest_size=8).digest(), "little") if unit else 0
+
+
+def hugging_face(classes: tuple[str, ...], group_names: Iterable[str]) -> dict[str, str]:
     """Schema metadata by which `datasets` knows the image column and the names of the classes."""
+    return {"huggingface": json.dumps({"info": {"features": features(classes, group_names)}})}
+
+
+def features(classes: tuple[str, ...], group_names: Iterable[str]) -> dict[str, Any]:
+    """The columns as `datasets` describes them."""
     text = {"dtype": "string", "_type": "Value"}
-    features = {"id": text, "image": {"_type": "Image"}, "label": {"names": task.classes, "_type": "ClassLabel"}}
-    features |= dict.fromkeys(task.group_names, text) | {"crc32c": {"dtype": "uint32", "_type": "Value"}}
-    return {"huggingface": json.dumps({"info": {"features": features}})}
-
-
-def _publish(task: Task, table: pa.Table) -> tuple[str, int, str, Ints, Ints]:
-    """Name, size, hash, and the offset and length of every image in the file."""
-    aside = task.folder / f".{task.rows[0].split}-{task.number:05d}.{os.getpid()}.tmp"
-    try:
-        with pa.ipc.new_file(aside, table.schema) as writer:
-            writer.write_table(table, max_chunksize=BATCH_ROWS)
-        durable.flush(aside)
-        offset, length = _places(aside)
-        sha256, size = durable.sha256(aside), aside.stat().st_size
-        name = f"{task.rows[0].split}-{task.number:05d}-{sha256[:8]}.arrow"
-        os.replace(aside, task.folder / name)
-        durable.flush(task.folder)
-    finally:
-        aside.unlink(missing_ok=True)
-    return name, size, sha256, offset, length
+    label = {"names": list(classes), "_type": "ClassLabel"}
+    groups = dict.fromkeys(group_names, text)
+    return {"id": text, "image": {"_type": "Image"}, "label": label, **groups, "crc32c": {**text, "dtype": "uint32"}}
 
 
 def _places(path: Path) -> tuple[Ints, Ints]:

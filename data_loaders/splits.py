@@ -1,16 +1,23 @@
-"""Draws train, validation and test rows, stratified by class and group, never dividing a unit such as a patient."""
+"""Draws train, validation and test rows, stratified by class and group, never dividing a unit such as a patient.
+
+Within a stratum, rows stand in the order of a hash of their ids; the first ones go to `val`, the next to `test`. So the
+order of a file changes nothing. Rows of an earlier generation keep their splits, and new ones fill up what is lacking.
+"""
 
 import hashlib
 import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
 from pydantic import model_validator
 
 from data_loaders.settings import Fraction, Settings
-from data_loaders.sources.rows import Row
 
 TRAIN = "train"
+S = TypeVar("S", bound=Hashable)
+Held = Mapping[S, Mapping[str, int]]
+"""Stratum -> split -> rows that are in it already."""
 
 
 class Splits(Settings):
@@ -27,52 +34,48 @@ class Splits(Settings):
             raise ValueError(f"val + test = {self.val + self.test:g} leaves no row to train on")
         return self
 
-    def draw(self, rows: list[Row]) -> list[Row]:
-        """The rows, each with its split. Every stratum (class and groups) is divided to within one row of its share,
-        or as nearly as whole units allow."""
-        given = {row.split for row in rows}
+    def shares(self, given: set[str]) -> dict[str, float]:
+        """Split -> share of the rows that are drawn, where these splits are given; in the order of their drawing."""
         shares = {name: share for name, share in (("val", self.val), ("test", self.test)) if name not in given}
-        alone = [i for i, row in enumerate(rows) if not row.split and not row.unit]
-        drawn = dict(zip(alone, self._divide([rows[i] for i in alone], shares), strict=True))
-        units: dict[str, list[int]] = defaultdict(list)
-        for i, row in enumerate(rows):
-            if row.unit and not row.split:
-                units[row.unit].append(i)
-        for unit, split in self._assign(
-            {u: [rows[i] for i in members] for u, members in units.items()}, shares
-        ).items():
-            drawn |= dict.fromkeys(units[unit], split)
-        return [row if row.split else row._replace(split=drawn[i]) for i, row in enumerate(rows)]
+        return {**shares, TRAIN: 1 - sum(shares.values())}
 
-    def _divide(self, rows: list[Row], shares: Mapping[str, float]) -> list[str]:
-        strata: dict[tuple[str, ...], list[int]] = defaultdict(list)
-        for i, row in enumerate(rows):
-            strata[_stratum(row)].append(i)
-        split = [TRAIN] * len(rows)
-        shares = {**shares, TRAIN: 1 - sum(shares.values())}
+    def quotas(self, sizes: Mapping[S, int], shares: Mapping[str, float], held: Held[S]) -> dict[S, dict[str, int]]:
+        """How many of the new rows of each stratum every split draws, so that with those that it holds it is within one
+        row of its share, and the splits as a whole are, too."""
         owed = dict.fromkeys(shares, 0.0)
-        for stratum in sorted(strata):
-            members = sorted(strata[stratum], key=lambda i: self._order(rows[i].path))
-            names = [name for name, count in _whole(len(members), shares, owed).items() for _ in range(count)]
-            for i, name in zip(members, names, strict=True):
-                split[i] = name
-        return split
+        quotas: dict[S, dict[str, int]] = {}
+        for stratum in sorted(sizes, key=repr):
+            former = held.get(stratum, {})
+            wanted = _whole(sizes[stratum] + sum(former.get(name, 0) for name in shares), shares, owed)
+            quota = {name: max(0, rows - former.get(name, 0)) for name, rows in wanted.items()}
+            excess = sum(quota.values()) - sizes[stratum]  # where a split holds more than its share, others get less
+            for name in sorted(quota, key=lambda name: -quota[name]):
+                cut = min(excess, quota[name])
+                quota[name], excess = quota[name] - cut, excess - cut
+            quotas[stratum] = quota
+        return quotas
 
-    def _assign(self, units: Mapping[str, list[Row]], shares: Mapping[str, float]) -> dict[str, str]:
-        """Largest units first, each to the split that most lacks rows of its strata."""
-        total = Counter(_stratum(row) for rows in units.values() for row in rows)
-        shares = {TRAIN: 1 - sum(shares.values()), **shares}
-        lack = {name: {s: share * n for s, n in total.items()} for name, share in shares.items()}
+    def assign(self, units: Mapping[str, Counter[S]], shares: Mapping[str, float], held: Held[S]) -> dict[str, str]:
+        """Split of each unit: largest units first, each to the split that most lacks rows of its strata."""
+        total = Counter[S]()
+        for content in units.values():
+            total.update(content)
+        former = {s: held.get(s, {}) for s in total}
+        lack = {
+            name: {s: share * (n + sum(former[s].values())) - former[s].get(name, 0) for s, n in total.items()}
+            for name, share in sorted(shares.items(), key=lambda item: item[0] != TRAIN)
+        }
         split: dict[str, str] = {}
-        for unit in sorted(units, key=lambda u: (-len(units[u]), self._order(u))):
-            content = Counter(sorted(_stratum(row) for row in units[unit]))  # sorted: float sums depend on the order
-            split[unit] = max(lack, key=lambda name: _gain(lack[name], content, total))
-            for stratum, n in content.items():
+        for unit in sorted(units, key=lambda u: (-units[u].total(), self.place(u))):
+            ordered = sorted(units[unit].items(), key=repr)  # float sums depend on the order
+            split[unit] = max(lack, key=lambda name: sum(_gain(lack[name][s], n) / total[s] for s, n in ordered))
+            for stratum, n in ordered:
                 lack[split[unit]][stratum] -= n
         return split
 
-    def _order(self, name: str) -> bytes:
-        return hashlib.blake2b(f"{self.seed}\0{name}".encode(), digest_size=8).digest()
+    def place(self, name: str) -> int:
+        """64 bits by which rows, or units, are ordered."""
+        return int.from_bytes(hashlib.blake2b(f"{self.seed}\0{name}".encode(), digest_size=8).digest())
 
 
 def _whole(n: int, shares: Mapping[str, float], owed: dict[str, float]) -> dict[str, int]:
@@ -89,10 +92,6 @@ def _whole(n: int, shares: Mapping[str, float], owed: dict[str, float]) -> dict[
     return count
 
 
-def _stratum(row: Row) -> tuple[str, ...]:
-    return (row.label, *row.groups)
-
-
-def _gain(lack: Mapping[tuple[str, ...], float], content: Mapping[tuple[str, ...], int], total: Counter) -> float:
-    """By how much the squared distance from the wanted counts shrinks, in shares of each stratum."""
-    return sum((lack[s] ** 2 - (lack[s] - n) ** 2) / total[s] for s, n in content.items())
+def _gain(lack: float, n: int) -> float:
+    """By how much the squared distance from a wanted count shrinks when n rows come."""
+    return lack**2 - (lack - n) ** 2

@@ -53,7 +53,7 @@ def run(settings: Audit) -> None:
     from trainer.probe.probe import chosen, probe, save, summary
 
     trained = load_model(settings.run / "model", device_for(settings.device))
-    index = open_index(settings.data or trained.config.data.path)
+    index = open_index(settings.data) if settings.data else trained.config.data.index()
     rows = chosen(trained, index, settings.split, settings.rows)  # refuses what does not fit before the audit
     if settings.data:
         _audit(settings, trained.config.data.train)

@@ -48,7 +48,7 @@ def evaluate_run(settings: Evaluate) -> tuple[str, ...]:
     device = device_for(settings.device)
     trained = load_model(settings.run / "model", device)
     data = trained.config.data
-    index = open_index(settings.data or data.path)
+    index = open_index(settings.data) if settings.data else data.index()
     torch.set_num_threads(trained.config.cluster.threads * trained.config.cluster.workers)
     if index.classes != trained.ledger.classes:
         fix = f"the model knows {', '.join(trained.ledger.classes)}, in this order"

@@ -45,7 +45,8 @@ def run(settings: Predict) -> None:
 
     from data_loaders import durable
     from data_loaders.progress import Progress
-    from data_loaders.sources.rows import write_rejected
+    from data_loaders.rejects import write_rejected
+    from data_loaders.sources.rows import Rejected, Row
     from trainer.checkpoint import load_model
     from trainer.context import device_for
     from trainer.predict import predict
@@ -55,9 +56,10 @@ def run(settings: Predict) -> None:
     asked = settings.decision.model_fields_set if settings.decision else set()
     given = {name: getattr(settings.decision, name) for name in asked}
     ledger = trained.ledger.under(trained.config.decision.model_copy(update=given))
-    listing = settings.source.listing(labelled=False)
-    progress, tables, rejected, done = Progress("predict", len(listing.rows), "images"), [], listing.rejected, 0
-    for table, bad in predict(trained, ledger, listing.rows):
+    listed = list(settings.source.rows(labelled=False))
+    rows, rejected = [r for r in listed if isinstance(r, Row)], [r for r in listed if isinstance(r, Rejected)]
+    progress, tables, done = Progress("predict", len(rows), "images"), [], 0
+    for table, bad in predict(trained, ledger, settings.source, rows):
         tables.append(table)
         rejected += bad
         done += len(table) + len(bad)

@@ -20,7 +20,6 @@ def settings() -> "type[Tuning]":
 def run(tuning: "Tuning") -> None:
     import pyarrow.parquet
 
-    from data_loaders.index import open_index
     from jobs import evaluate
     from trainer.search import search
 
@@ -30,7 +29,7 @@ def run(tuning: "Tuning") -> None:
     shown = ["trial", "state", "step", "objective", *tuning.search.ranges]
     print(as_text(table.sort_by([("objective", judged)]).select(shown).to_pylist()))
     run_folder, data = found.config.run_folder, found.config.data
-    unseen = [name for name in open_index(data.path).splits if name not in (data.train, data.validation)]
+    unseen = [name for name in data.index().splits if name not in (data.train, data.validation)]
     if unseen:
         evaluate.run(evaluate.Evaluate(run=run_folder, splits=tuple(unseen)))
     else:

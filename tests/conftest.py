@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from data_loaders.ingest import Ingest, in_processes, ingest
+from data_loaders.shards import Shards
 from data_loaders.sources.csv_file import Csv
 
 os.environ.setdefault("WANDB_MODE", "disabled")  # a test that tracks says so itself
@@ -37,5 +38,6 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     venue = ("home", "street")[random.random() < 0.3 + 0.4 * (k == 0)]
                     out.writerow([name, label, venue, ("phone", "slr")[i % 2], split, "nobody needs this"])
     source = Csv(path=folder / "labels.csv", group_columns=("venue", "camera"), split_column="split")
-    settings = Ingest(source=source, out=folder / "data", shard_rows=32)
-    return ingest(settings, in_processes(1)).parent
+    settings = Ingest(source=source, out=folder / "data", shards=Shards(rows=32))
+    ingest(settings, in_processes(1))
+    return settings.out

@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
-from data_loaders.index import Index, open_index
+from data_loaders.index import Index
 from data_loaders.settings import parse_text
 from trainer.config import Config
 from trainer.context import Row
@@ -44,7 +44,7 @@ class Collector:
 
     def __init__(self, config_text: str) -> None:
         self.config = parse_text(Config, config_text)
-        index = open_index(self.config.data.path)
+        index = self.config.data.index()
         self.classes, self.group_values = index.classes, index.group_values
         self.shape = Shape(len(index.cell_names), len(index.classes))
         self.folder = self.config.run_folder

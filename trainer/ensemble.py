@@ -6,7 +6,6 @@ Members that learn from undersampled rows each keep others of the majority: bala
 import numpy as np
 import torch
 
-from data_loaders.index import open_index
 from trainer.checkpoint import Trained, load_model
 from trainer.config import Config
 from trainer.context import Local, device_for
@@ -25,7 +24,7 @@ def combine(config: Config) -> None:
     drawn = np.mean([m.ledger.training_prior for m in members], axis=0)
     model = average(members, ledger.deployment_prior).to(device)
     ledger = config.decision.ledger(ledger.classes, ledger.natural_prior, drawn, ledger.deployment_prior)
-    finish(config, open_index(config.data.path), model, ledger, Local(config.run_folder, device), {})
+    finish(config, config.data.index(), model, ledger, Local(config.run_folder, device), {})
 
 
 def average(members: list[Trained], prior: Floats) -> Ensemble:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from data_loaders.faults import Fault, Refusal
-from data_loaders.index import Index, open_index
+from data_loaders.index import Index
 from data_loaders.loader import Batch, training_batches
 from data_loaders.progress import say
 from data_loaders.sampler import scramble
@@ -35,7 +35,7 @@ def fit(config: Config, context: Context) -> None:
     loss is divided by the whole batch. The only state is the step, the weights, the optimiser and the counts.
     """
     torch.set_num_threads(config.cluster.threads)
-    index = open_index(config.data.path)
+    index = config.data.index()
     rows = index.rows_of(config.data.train)
     sampler = config.data.sampler.over(index, rows, config.seed)
     batch_size, steps = config.data.batch, config.train.total(len(rows), config.data.batch)

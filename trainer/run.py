@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
-from data_loaders.index import Index, open_index
+from data_loaders.index import Index
 from data_loaders.progress import say
 from data_loaders.settings import differences, dump, parse, parse_text
 from trainer import checkpoint
@@ -80,7 +80,7 @@ def claim(config: Config) -> Config:
 
 def check(config: Config) -> Index:
     """The data, after the config is sure to fit it."""
-    index = open_index(config.data.path)
+    index = config.data.index()
     for setting in ("train", "validation"):
         if (split := getattr(config.data, setting)) not in index.splits:
             fix = f"it has {', '.join(index.splits)}; calibration needs validation rows, as splits.val=0.1 draws"

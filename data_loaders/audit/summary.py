@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_loaders.audit.audit import Audit
+from data_loaders.audit.duplicates import Near
+from data_loaders.look import LOOKS_ALIKE
 
 RATIO = 2.0
 """Imbalance that is told as a finding."""
@@ -25,6 +27,9 @@ def findings(a: Audit) -> Iterator[str]:
     for split, rows in a.duplicates.leaked.items():
         if rows:
             yield f"{rows:,} rows of {split} are copies of images of {a.train}"
+    for split, rows in a.duplicates.near.leaked.items():
+        if rows:
+            yield f"{rows:,} more rows of {split} are near copies of images of {a.train}"
     if a.duplicates.across_labels:
         yield f"{a.duplicates.across_labels:,} sets of copies stand under several labels"
     for g in a.groups:
@@ -69,6 +74,7 @@ def summary(a: Audit) -> str:
         *([aligned(("split", "group", "V", "by chance <", "p", "adjusted", "n"), grouped), ""] if grouped else []),
         f"copies: {d.rows:,} rows in {d.sets:,} sets, {d.across_splits:,} of them across splits, "
         f"{d.across_labels:,} across labels",
+        f"near copies: {near(d.near)}",
         "",
         f"properties of images against the label, within groups, over {which} rows of {a.train}:",
         aligned(("property", "class", "above others", "by chance", "p", "adjusted", "n"), shown),
@@ -76,6 +82,18 @@ def summary(a: Audit) -> str:
         *(f"- {finding}" for finding in findings(a)),
     ]
     return "\n".join(lines)
+
+
+def near(n: Near) -> str:
+    """What was found of near copies, and what was not looked at."""
+    if n.bits < 0 and n.left_out:
+        return "not looked for, since too many rows look the same"
+    if n.bits < 0:
+        return f"not looked for, since no row has a look ({n.unknown:,} are flat, or were ingested with check=header)"
+    left = [f"{n.unknown:,} rows that have no look (flat, or ingested with check=header)"] * bool(n.unknown)
+    left += [f"{n.left_out:,} of very many that look the same"] * bool(n.left_out)
+    left += [f"pairs that differ in more than {n.bits} of 64 bits, being too many"] * (n.bits < LOOKS_ALIKE)
+    return f"{n.pairs:,} pairs across splits" + f"; not compared: {', '.join(left)}" * bool(left)
 
 
 def to_json(a: Audit) -> dict[str, Any]:

@@ -1,46 +1,38 @@
-"""A CSV that lists image files, with a label and any number of group columns."""
+"""CSV files that list images, with a label and any number of group columns."""
 
-import csv
 import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from data_loaders.faults import Fault, Refusal
-from data_loaders.settings import Settings
-from data_loaders.sources.rows import SPLIT_NAME, Listing, Rejected, Row, SplitName, inside
+from data_loaders.sources.lines import records
+from data_loaders.sources.places import Place, Places, Root, common_folder, folder_of, plain, shown, texts, wrong_with
+from data_loaders.sources.rows import SPLIT_NAME, GroupColumns, Read, Rejected, Row, Source, SplitName
+from data_loaders.sources.storage import expand, image_reader
 
-TAKEN = {"", "id", "image", "label", "crc32c"}
-"""What no group column can be called: the shards have these columns already."""
 
-
-class Csv(Settings):
-    """Images listed in a CSV file (UTF-8, with a header line). Columns that are not named here are ignored."""
+class Csv(Source):
+    """Images listed in CSV files (UTF-8, with a header line). Columns that are not named here are ignored."""
 
     kind: Literal["csv"] = "csv"
-    path: Path
-    """The CSV file."""
-    held_out: dict[SplitName, Path] = Field(default_factory=dict)
+    path: Places
+    """The CSV file, or several; each a path, a pattern (lists/*.csv) or an URL (s3, gs, http). Those that end in .gz,
+    .bz2, .xz or .zst are unpacked."""
+    held_out: dict[SplitName, Places] = Field(default_factory=dict)
     """Further CSV files, each a split of its own: `source.held_out.test=test.csv`."""
-    root: Path | None = None
-    """Folder that the paths in the CSV are relative to and may not leave; by default the CSV's own."""
+    root: Place | None = None
+    """Folder, or URL, that the paths in the CSV are relative to and may not leave; by default the CSV's own."""
     path_column: str = "path"
     label_column: str = "label"
-    group_columns: tuple[str, ...] = ()
+    group_columns: GroupColumns = ()
     """Columns that say which group (venue, camera, …) an image belongs to."""
     split_column: str | None = None
     """Column that names the split of each row; without it, splits are drawn."""
     split_by: str | None = None
     """Column (patient, session) whose rows are never divided between splits."""
-
-    @field_validator("group_columns")
-    @classmethod
-    def _can_be_columns_of_a_shard(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := sorted({name for name in names if name in TAKEN or names.count(name) > 1}):
-            raise ValueError(f"a group column stands once, and is not called {' or '.join(map(repr, wrong))}")
-        return names
 
     @model_validator(mode="after")
     def _one_way_to_split(self) -> "Csv":
@@ -48,101 +40,133 @@ class Csv(Settings):
             raise ValueError("split_column gives the splits, so split_by has nothing to draw: name one of them")
         return self
 
-    def listing(self, labelled: bool = True) -> Listing:
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        return self.group_columns
+
+    def rows(self, labelled: bool = True) -> Iterator[Row | Rejected]:
         """Every row of the CSV files; without labels when they are only to be predicted."""
-        listing = Listing(self.group_columns if labelled else ())
+        lists = self._lists()
         faults: list[Fault] = []
-        for split, path in {"": self.path, **self.held_out}.items():
+        tables: list[_Table] = []
+        for number, (split, place, root) in enumerate(lists):
             try:
-                for row, problem in self._rows(path, split, labelled):
-                    if problem is None:
-                        listing.rows.append(row)
-                    else:
-                        listing.rejected.append(Rejected(row, problem))
+                tables.append(self._table(place, split, root, number, labelled))
             except Refusal as refusal:
                 faults += refusal.faults
         if faults:
             raise Refusal("The CSV cannot be used:", faults, 65)
-        return listing
+        for table in tables:
+            try:
+                yield from self._rows(table)
+            except Refusal as refusal:
+                faults += refusal.faults
+        if faults:
+            raise Refusal("The CSV cannot be used:", faults, 65)
 
-    def _rows(self, path: Path, split: str, labelled: bool) -> Iterator[tuple[Row, Fault | None]]:
-        records = _records(path)
-        _, header = next(records, ("", []))
-        columns = self._columns(path, [name.strip() for name in header], split, labelled)
-        for where, cells in records:
-            if cells:
-                yield self._row(where, self.root or path.parent, cells, columns, split)
+    @contextmanager
+    def reader(self) -> Iterator[Read]:
+        """Reads the images by their paths."""
+        readers = [image_reader(root) for _, _, root in self._lists()]
+        yield lambda row: readers[row.place[0]](row.id)
 
-    def _columns(self, path: Path, header: list[str], split: str, labelled: bool) -> dict[str, int]:
-        """Name -> position of the columns that are used."""
+    def _lists(self) -> list[tuple[str, str, Root]]:
+        """Split, place and root of every CSV."""
+        given = {"": self.path, **self.held_out}
+        found = [(split, place) for split, places in given.items() for place in expand(texts(places))]
+        faults = [place for _, place in found if isinstance(place, Fault)]
+        if self.root is not None and (wrong := wrong_with(str(self.root))):
+            faults.append(Fault("source.root", wrong, "give a path, or an URL without credentials"))
+        lists = [(split, place) for split, place in found if isinstance(place, str)]
+        roots = [folder_of(place) if self.root is None else str(self.root) for _, place in lists]
+        base = common_folder(roots) if lists else None
+        if lists and base is None:
+            what = f"the CSV files lie apart, in {' and '.join(map(shown, dict.fromkeys(roots)))}"
+            faults.append(Fault("source.path", what, "set source.root to the folder that holds all images"))
+        if faults:
+            raise Refusal("The CSV cannot be used:", faults, 65)
+        return [(split, place, Root(root, base)) for (split, place), root in zip(lists, roots, strict=True)]
+
+    def _table(self, place: str, split: str, root: Root, number: int, labelled: bool) -> "_Table":
+        """Where the columns that are used stand, by the header line of a CSV."""
+        _, header = next(records(place), (1, []))
+        header = [name.strip() for name in header]
+        optional = [self.split_by, None if split else self.split_column]
         wanted = [self.path_column]
-        if labelled:
-            wanted += [self.label_column, *self.group_columns, *filter(None, [self.split_by])]
-            wanted += [self.split_column] if self.split_column and not split else []
-        fix = f"there are: {', '.join(header)}" if header else "begin the file with the names of its columns"
+        wanted += [self.label_column, *self.group_columns, *filter(None, optional)] if labelled else []
+        seen = ", ".join(name if name.isprintable() else repr(name) for name in header)
+        fix = f"there are: {seen}" if any(header) else "begin the file with the names of its columns"
+        if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), "")):
+            fix = f"separate the cells with commas, not with {mark!r}"
+        where = f"{plain(shown(place))}:1"
         faults = [
-            Fault(f"{path}:1", f"column {name!r} stands {header.count(name)} times", fix)
+            Fault(where, f"column {name!r} stands {header.count(name)} times", fix[:500])
             for name in dict.fromkeys(wanted)
             if header.count(name) != 1
         ]
         if faults:
             raise Refusal("The CSV does not have the columns that were asked for:", faults, 65)
-        return {"": len(header)} | {name: header.index(name) for name in wanted}
+        columns = {name: header.index(name) for name in wanted}
+        return _Table(place, split, root, (number, 0, 0), len(header), columns)
 
-    def _row(
-        self, where: str, root: Path, cells: list[str], columns: dict[str, int], split: str
-    ) -> tuple[Row, Fault | None]:
+    def _rows(self, table: "_Table") -> Iterator[Row | Rejected]:
+        name, id_of, columns = plain(shown(table.place)), table.root.id_of, table.columns
+        labelled = self.label_column in columns
+        roles = [self.path_column, *((self.label_column, *self.group_columns) if labelled else ())]
+        split_at = len(roles) if self.split_column in columns and not table.split else 0
+        roles += [self.split_column] if self.split_column and split_at else []
+        unit_at = len(roles) if self.split_by in columns else 0
+        roles += [self.split_by] if self.split_by and unit_at else []
+        used, last_group = [columns[role] for role in roles], 2 + len(self.group_columns)
+        splits = {table.split}
+        found = records(table.place)
+        next(found, None)
+        for line, cells in found:
+            if len(cells) == table.width:
+                values = [cells[at].strip() for at in used]
+                given = values[split_at] if split_at else table.split
+                if given not in splits and re.fullmatch(SPLIT_NAME, given):
+                    splits.add(given)
+                if all(values) and given in splits and (image := id_of(values[0])) is not None:
+                    label, groups = (values[1], tuple(values[2:last_group])) if labelled else ("", ())
+                    unit = values[unit_at] if unit_at else ""
+                    yield Row(f"{name}:{line}", image, label, groups, given, unit, table.place_of_images)
+                    continue
+            if cells:
+                yield self._rejected(table, f"{name}:{line}", cells)
+
+    def _rejected(self, table: "_Table", where: str, cells: list[str]) -> Rejected:
+        columns = table.columns
+
         def cell(name: str | None) -> str:
             return cells[columns[name]].strip() if name in columns and columns[name] < len(cells) else ""
 
-        path, label = cell(self.path_column), cell(self.label_column)
+        path, given = cell(self.path_column), table.split or cell(self.split_column)
         groups = tuple(cell(name) for name in self.group_columns if name in columns)
-        file = inside(root, path) if path else None
-        given = split or cell(self.split_column)
-        row = Row(where, str(file or ""), path, label, groups, given, cell(self.split_by))
-        if len(cells) != columns[""]:
-            what = f"{len(cells)} cells under {columns['']} columns"
-            return row, Fault(where, what, "quote cells that hold a comma")
-        empty = [name for name in columns if name and not cell(name)]
+        row = Row(where, path, cell(self.label_column), groups, given, cell(self.split_by), table.place_of_images)
+        empty = [name for name in columns if not cell(name)]
+        if len(cells) != table.width:
+            what = f"{len(cells)} cells under {table.width} columns"
+            return Rejected(row, Fault(where, what, "quote cells that hold a comma"))
         if empty:
-            return row, Fault(f"{where}:{columns[empty[0]] + 1}", f"no {' and no '.join(empty)}", "fill the cell")
-        if file is None:
-            what = f"{path!r} is outside of {root}"
-            return row, Fault(
-                f"{where}:{columns[self.path_column] + 1}", what, "set source.root to a folder above both"
-            )
-        if given and not re.fullmatch(SPLIT_NAME, given):
-            at = f"{where}:{columns[self.split_column or ''] + 1}"
-            return row, Fault(at, f"{given!r} cannot name a split", "use at most 40 letters, digits, . _ and -")
-        return row, None
+            at = f"{where}:{columns[empty[0]] + 1}"
+            return Rejected(row, Fault(at, f"no {' and no '.join(empty)}", "fill the cell"))
+        if table.root.id_of(path) is None:
+            what, fix = f"{path!r} is outside of {shown(table.root.place)}", "set source.root to a folder above both"
+            return Rejected(row, Fault(f"{where}:{columns[self.path_column] + 1}", what, fix))
+        at = f"{where}:{columns[self.split_column or ''] + 1}"
+        return Rejected(row, Fault(at, f"{given!r} cannot name a split", "use at most 40 letters, digits, . _ and -"))
 
 
-def _records(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every record of a CSV, with file:line of its first line: a quoted cell may hold several."""
-    line = 1
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            for cells in reader:
-                yield f"{path}:{line}", cells
-                line = reader.line_num + 1
-    except OSError as wrong:
-        fault = Fault(str(path), f"cannot be read: {(wrong.strerror or str(wrong)).lower()}")
-    except UnicodeDecodeError:
-        fault = Fault(f"{path}:{_first_not_utf8(path)}", "is not UTF-8", "save the file as UTF-8 CSV")
-    except csv.Error as wrong:
-        fault = Fault(f"{path}:{line}", f"is not CSV: {wrong}", 'close every quote; a quote inside of quotes is ""')
-    else:
-        return
-    raise Refusal("The CSV cannot be read:", [fault], 65)
+class _Table(NamedTuple):
+    """A CSV whose header has been read."""
 
-
-def _first_not_utf8(path: Path) -> int:
-    """The number of the first line that is not UTF-8."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8-sig")
-            except UnicodeDecodeError:
-                return number
-    return 1
+    place: str
+    split: str
+    """Of all its rows; empty if each has its own, or none."""
+    root: Root
+    place_of_images: tuple[int, int, int]
+    """The number of the root among all of them, which tells the reader where a path is from."""
+    width: int
+    columns: dict[str, int]
+    """Name -> position of the columns that are used."""

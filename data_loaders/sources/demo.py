@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -21,9 +22,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from data_loaders.faults import Fault, Refusal
 from data_loaders.progress import Progress
-from data_loaders.settings import Settings
 from data_loaders.sources.csv_file import Csv
-from data_loaders.sources.rows import Listing
+from data_loaders.sources.rows import Read, Rejected, Row, Source
 
 Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
@@ -63,14 +63,14 @@ SPIRAL = [(0.3 * i**0.5 * math.cos(2.4 * i), 0.3 * i**0.5 * math.sin(2.4 * i)) f
 UPRIGHT = np.array([[1, 0]], np.float32)
 
 
-class Demo(Settings):
+class Demo(Source):
     """Procedurally drawn food, drinks and desserts with planted, documented, tunable biases."""
 
     kind: Literal["demo"] = "demo"
     folder: Path = Path("build/demo/images")
     """Where the image files and labels.csv are written."""
-    rows: Annotated[int, Field(ge=30)] = 6000
-    """Images in all: 57 % train, 12 % val, 17 % test, 14 % test_balanced."""
+    images: Annotated[int, Field(ge=30)] = 6000
+    """In all: 57 % train, 12 % val, 17 % test, 14 % test_balanced."""
     size: Annotated[int, Field(ge=16)] = 64
     """Height and width of an image, in pixels."""
     seed: NonNegativeInt = 0
@@ -84,10 +84,21 @@ class Demo(Settings):
     spatial_bias: Share = 1.0
     """Share of the train and val desserts that are exactly centred; the others lie anywhere; 0 is off."""
 
-    def listing(self, labelled: bool = True) -> Listing:
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        return self._listed().group_names
+
+    def rows(self, labelled: bool = True) -> Iterator[Row | Rejected]:
         """Draws the data set, unless it is there already, and lists it as a CSV of yours would be."""
-        source = Csv(path=self.draw(), group_columns=("venue", "camera"), split_column="split")
-        return source.listing(labelled)
+        self.draw()
+        return self._listed().rows(labelled)
+
+    def reader(self) -> AbstractContextManager[Read]:
+        """Reads the drawn files."""
+        return self._listed().reader()
+
+    def _listed(self) -> Csv:
+        return Csv(path=self.folder / "labels.csv", group_columns=("venue", "camera"), split_column="split")
 
     def draw(self) -> Path:
         """Draws the data set, unless it is there already; the path of the CSV that lists it.
@@ -100,7 +111,7 @@ class Demo(Settings):
             return labels
         _prepare(self.folder, settings)
         plan = plan_rows(self)
-        progress = Progress("draw", self.rows, "images")
+        progress = Progress("draw", self.images, "images")
         drawn = 0
         for rows in batches(plan):
             pixels, _ = render(plan.take(rows), self.size, [_rng(self.seed, 2 + row) for row in rows])
@@ -443,7 +454,7 @@ def _cells(demo: Demo) -> tuple[Ints, Ints, Ints]:
     cells: list[tuple[int, int, int]] = []
     for split, (name, share) in enumerate(SPLITS.items()):
         ratio = np.ones(3) if name == "test_balanced" else np.array(demo.imbalance)
-        rows = round(demo.rows * share)
+        rows = round(demo.images * share)
         counts = np.maximum(np.rint(rows * ratio / ratio.sum()).astype(int), 1)
         counts[ratio.argmax()] += rows - counts.sum()
         cells += [(split, label, number) for label, count in enumerate(counts) for number in range(count)]

@@ -2,70 +2,66 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Literal
 
 from data_loaders.faults import Fault, Refusal
-from data_loaders.settings import Settings
-from data_loaders.sources.rows import IMAGE_SUFFIXES, Listing, Row, SplitName, inside
+from data_loaders.sources.places import Place, Root, is_http, is_url, plain, shown, wrong_with
+from data_loaders.sources.rows import IMAGE_SUFFIXES, Read, Rejected, Row, Source, SplitName
+from data_loaders.sources.storage import CANNOT_LIST, image_reader, walk
 
 
-class Folder(Settings):
+class Folder(Source):
     """Images at path/<class>/…, or at path/<split>/<class>/… when `splits` names the sub-folders; hidden files are left
     out."""
 
     kind: Literal["folder"] = "folder"
-    path: Path
-    """The folder."""
+    path: Place
+    """The folder; a path, or an URL (s3, gs)."""
     splits: tuple[SplitName, ...] = ()
     """Sub-folders that are splits (train, val, test); without them, splits are drawn."""
 
-    def listing(self, labelled: bool = True) -> Listing:
-        """Every image file below the folder; without labels when they are only to be predicted."""
-        if not self.path.is_dir():
-            raise Refusal("There is no folder of images:", [Fault(str(self.path), "is not a folder")], 65)
-        listing = Listing()
-        for file in sorted(_files(self.path)):
-            path = file.relative_to(self.path)
-            split, label = self._place(path.parts) if labelled else ("", "")
-            target = inside(self.path, str(path))
-            row = Row(_text(file), str(target or ""), _text(path), _text(label), (), split)
-            if _text(file) != str(file):
-                listing.reject(row, row.where, "its name is not UTF-8", "rename it")
-            elif target is None:
-                listing.reject(row, str(file), "links to a file outside of the folder", "copy the file into the folder")
-            elif file.is_dir():
-                listing.reject(row, str(file), "links to another folder", "copy the folder, or remove the link")
-            elif file.suffix.lower() not in IMAGE_SUFFIXES:
-                listing.reject(row, str(file), "is not a .jpg, .png or .webp file", "move it out of the folder")
-            elif labelled and not label:
-                listing.reject(
-                    row, str(file), "lies in no folder of a class", "move it to <class>/, or set source.splits"
-                )
-            else:
-                listing.rows.append(row)
-        return listing
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        return ()
 
-    def _place(self, parts: tuple[str, ...]) -> tuple[str, str]:
+    def rows(self, labelled: bool = True) -> Iterator[Row | Rejected]:
+        """Every image file below the folder; without labels when they are only to be predicted."""
+        root = str(self.path)
+        self._refuse_if_no_folder(root)
+        for path, entry in walk(root):
+            where, name = plain(f"{shown(root).rstrip('/')}/{path}"), plain(path)
+            split, label = self._place(name.split("/")) if labelled else ("", "")
+            row = Row(where, name, label, (), split)
+            if name != path:
+                what, fix = "its name is not UTF-8", "rename it"
+            elif entry.is_folder:
+                what, fix = "links to another folder", "copy the folder, or remove the link"
+            elif os.path.splitext(path)[1].lower() not in IMAGE_SUFFIXES:
+                what, fix = "is not a .jpg, .png or .webp file", "move it out of the folder"
+            elif labelled and not label:
+                what, fix = "lies in no folder of a class", "move it to <class>/, or set source.splits"
+            else:
+                yield row
+                continue
+            yield Rejected(row, Fault(where, what, fix))
+
+    @contextmanager
+    def reader(self) -> Iterator[Read]:
+        """Reads the images by their paths; links that lead out of the folder are not followed."""
+        read = image_reader(Root(str(self.path)))
+        yield lambda row: read(row.id)
+
+    def _refuse_if_no_folder(self, root: str) -> None:
+        wrong = wrong_with(root) or (CANNOT_LIST if is_http(root) else "")
+        if not wrong and not is_url(root) and not os.path.isdir(root):
+            wrong = "is not a folder"
+        if wrong:
+            fault = Fault(plain(shown(root)), wrong, "give the folder that holds a folder for each class")
+            raise Refusal("There is no folder of images:", [fault], 65)
+
+    def _place(self, parts: list[str]) -> tuple[str, str]:
         """Split and class of a file; the class is empty where the file does not lie in one."""
         if not self.splits:
             return "", parts[0] if len(parts) > 1 else ""
         return (parts[0], parts[1]) if len(parts) > 2 and parts[0] in self.splits else ("", "")
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Everything below a folder that is no folder itself; links to folders, which are not followed, too."""
-
-    def refuse(wrong: OSError) -> None:
-        fault = Fault(str(wrong.filename), f"cannot be listed: {(wrong.strerror or str(wrong)).lower()}")
-        raise Refusal("The folder of images cannot be read:", [fault], 65) from wrong
-
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        links = [name for name in folders if Path(parent, name).is_symlink()]
-        yield from (Path(parent, name) for name in (*files, *links) if not name.startswith("."))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-
-
-def _text(name: Path | str) -> str:
-    """A name that can be written down: bytes that are not UTF-8 become backslash escapes."""
-    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,32 +1,38 @@
-"""What every source of images becomes: rows to ingest, and rows that cannot be, each with its reason."""
+"""What every source of images becomes: a stream of rows to ingest, and of rows that cannot be, each with its reason."""
 
-import csv
-import os
-from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Annotated, NamedTuple
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from data_loaders import durable
 from data_loaders.faults import Fault
+from data_loaders.settings import Settings
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 SPLIT_NAME = r"^\w[\w.-]{0,39}$"  # it names the shards, so it must not lead to another folder
+TAKEN = {"", "id", "image", "label", "crc32c"}
+"""What no group column can be called: the shards have these columns already."""
+
+
+def _can_be_columns_of_a_shard(names: tuple[str, ...]) -> tuple[str, ...]:
+    if wrong := sorted({name for name in names if name in TAKEN or names.count(name) > 1}):
+        raise ValueError(f"a group column stands once, and is not called {' or '.join(map(repr, wrong))}")
+    return names
+
 
 SplitName = Annotated[str, Field(pattern=SPLIT_NAME)]
+GroupColumns = Annotated[tuple[str, ...], AfterValidator(_can_be_columns_of_a_shard)]
 
 
 class Row(NamedTuple):
     """One image with what is known of it."""
 
     where: str
-    """file:line, or the file itself."""
-    file: str
-    """The image file, inside the root of its source."""
-    path: str
-    """The path as the user wrote it: how the row is named in messages and predictions."""
+    """file:line, tar:member, or the file itself."""
+    id: str
+    """Path of the image relative to the root of its source, with / and without . and ..: names it everywhere."""
     label: str = ""
     groups: tuple[str, ...] = ()
     """A value for each group column."""
@@ -34,88 +40,39 @@ class Row(NamedTuple):
     """The split it was given, or empty if one is to be drawn."""
     unit: str = ""
     """Rows with the same unit (a patient, a session) are never divided between splits; empty for a row alone."""
+    place: tuple[int, int, int] = (0, 0, 0)
+    """Tells the source where the bytes lie; each kind of source has its own meaning for it."""
 
 
 class Rejected(NamedTuple):
     row: Row
+    """What is known of it: dropped rows are counted by class and group."""
     fault: Fault
 
 
-@dataclass(frozen=True)
-class Listing:
-    """All rows of a source."""
-
-    group_names: tuple[str, ...] = ()
-    rows: list[Row] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-
-    def reject(self, row: Row, where: str, what: str, fix: str) -> None:
-        self.rejected.append(Rejected(row, Fault(where, what, fix)))
+class Unreadable(ValueError):
+    """An image whose bytes cannot be had; its text is the reason, free of credentials."""
 
 
-def inside(root: Path, path: str) -> Path | None:
-    """The file at `path` under `root`, or None if it lies, or links, outside."""
-    if "\0" in path:
-        return None
-    file = Path(os.path.realpath(root / path))  # resolve() raises where links go in a circle
-    return file if file.is_relative_to(os.path.realpath(root)) else None
+Read = Callable[[Row], bytes]
+"""The bytes of a row's image. Raises Unreadable or OSError."""
 
 
-def without_twins(listing: Listing) -> Listing:
-    """Rejects rows listed twice, and those whose label differs from a more frequent one only in case or spaces."""
-    kept = Listing(listing.group_names, [], list(listing.rejected))
-    first: dict[str, Row] = {}
-    spelling = _spellings(listing.rows)
-    for row in listing.rows:
-        earlier = first.setdefault(row.file, row)
-        usual = spelling.get(_folded(row.label), row.label)
-        if earlier is not row and earlier.label != row.label:
-            what = f"{row.path!r} is labelled {row.label!r} here and {earlier.label!r} at {earlier.where}"
-            kept.reject(row, row.where, what, "keep one of the two rows")
-        elif earlier is not row:
-            kept.reject(row, row.where, f"{row.path!r} is listed already at {earlier.where}", "remove one of the rows")
-        elif usual != row.label:
-            what = f"label {row.label!r} differs from {usual!r} only in case or spaces"
-            kept.reject(row, row.where, what, "write both alike")
-        else:
-            kept.rows.append(row)
-    return kept
+class Source(Settings):
+    """Where images come from. It is sent to worker processes, so it holds settings only."""
 
+    @property
+    @abstractmethod
+    def group_names(self) -> tuple[str, ...]:
+        """The group columns of its rows."""
 
-def without_divided_units(listing: Listing) -> Listing:
-    """Rejects rows whose unit has rows in a given split already: those would be on both sides of it."""
-    kept = Listing(listing.group_names, [], list(listing.rejected))
-    first: dict[str, Row] = {}
-    for row in listing.rows:
-        if row.unit and row.split:
-            first.setdefault(row.unit, row)
-    for row in listing.rows:
-        given = first.get(row.unit, row)
-        if given.split == row.split:
-            kept.rows.append(row)
-        else:
-            what = f"{row.unit!r} has rows in the split {given.split!r} too, at {given.where}"
-            kept.reject(row, row.where, what, f"move all rows of {row.unit!r} to one side, or remove these")
-    return kept
+    @abstractmethod
+    def rows(self, labelled: bool = True) -> Iterator[Row | Rejected]:
+        """Every row, as a stream in the same order each time; without labels when they are only to be predicted.
 
+        No image is touched. Raises Refusal with every fault of whole files, before the first row where it can.
+        """
 
-def write_rejected(path: Path, rejected: list[Rejected], group_names: tuple[str, ...] = ()) -> None:
-    """All rejected rows as CSV, each with its reason and repair."""
-    with durable.writing(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
-        out = csv.writer(file)
-        out.writerow(["where", "reason", "fix", "path", "label", *group_names])
-        for row, fault in rejected:
-            out.writerow([fault.where, fault.what, fault.fix, row.path, row.label, *row.groups])
-
-
-def _spellings(rows: list[Row]) -> dict[str, str]:
-    """Folded label -> its most frequent spelling."""
-    counts = Counter(row.label for row in rows)
-    usual: dict[str, str] = {}
-    for label, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        usual.setdefault(_folded(label), label)
-    return usual
-
-
-def _folded(label: str) -> str:
-    return " ".join(label.split()).casefold()
+    @abstractmethod
+    def reader(self) -> AbstractContextManager[Read]:
+        """What reads the images of rows, for one thread; fastest in the order of the rows."""

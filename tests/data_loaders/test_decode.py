@@ -155,9 +155,19 @@ def test_other_formats_are_refused_whatever_their_name(kind):
         decode(encoded(PIXELS, kind))
 
 
-@pytest.mark.parametrize("content", [b"", b"\0", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", b"<svg/>"])
-def test_what_is_no_image_is_refused(content):
-    with pytest.raises(Undecodable, match="is not a JPEG, PNG, WEBP image"):
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "is empty"),
+        (b"\0", "is not a JPEG, PNG, WEBP image"),
+        (b"<svg/>", "is not a JPEG, PNG, WEBP image"),
+        (b"\xff\xd8\xff", "is cut short"),
+        (b"\x89PNG\r\n\x1a\n", "is cut short"),
+        (b"RIFF\4\0\0\0WEBP", "has no picture"),
+    ],
+)
+def test_what_is_no_image_is_refused(content, why):
+    with pytest.raises(Undecodable, match=why):
         decode(content)
 
 
@@ -167,6 +177,20 @@ def test_an_image_that_is_cut_short_is_refused(kind, share):
     content = encoded(np.kron(PIXELS, np.ones((8, 8, 1), np.uint8)), kind)
     with pytest.raises(Undecodable):
         decode(content[: int(len(content) * share)])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1", "I;16"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_image_is_brought_to_rgb_in_strips_without_seams(mode, orientation, monkeypatch):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (9, 70, 4), np.uint8)).convert("L")
+    image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+    content = encoded(image, "PNG", exif=exif)
+    whole = decode(content)
+    monkeypatch.setattr("data_loaders.decode.STRIP", 150)
+    np.testing.assert_array_equal(decode(content), whole)
+    assert decode(content).flags.c_contiguous
 
 
 def test_a_bomb_is_refused_by_its_header():

@@ -50,17 +50,17 @@ def dependence(one: np.ndarray, other: np.ndarray) -> float:
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "images"
-    Demo(folder=folder, rows=300).draw()
+    Demo(folder=folder, images=300).draw()
     return folder
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(drawn: Path, tmp_path: Path):
-    again, other = Demo(folder=tmp_path / "a", rows=300), Demo(folder=tmp_path / "b", rows=300, seed=1)
+    again, other = Demo(folder=tmp_path / "a", images=300), Demo(folder=tmp_path / "b", images=300, seed=1)
     assert bytes_of(again.draw().parent) == bytes_of(drawn) != bytes_of(other.draw().parent)
 
 
 def test_the_bytes_do_not_depend_on_the_batch_size(monkeypatch: pytest.MonkeyPatch):
-    plan = demo.plan_rows(Demo(rows=30))
+    plan = demo.plan_rows(Demo(images=30))
     pixels, covered = pictures(plan)
     monkeypatch.setattr(demo, "BATCH", 1)
     for one, other in zip(pictures(plan), (pixels, covered), strict=True):
@@ -83,7 +83,7 @@ def test_the_csv_lists_each_file_once_in_no_order(drawn: Path):
 
 
 def test_the_csv_says_what_was_drawn(drawn: Path):
-    plan = demo.plan_rows(Demo(rows=300))
+    plan = demo.plan_rows(Demo(images=300))
     by_path = {row["path"]: row for row in read(drawn / "labels.csv")}
     for i in range(300):
         row = by_path[plan.path(i)]
@@ -93,7 +93,7 @@ def test_the_csv_says_what_was_drawn(drawn: Path):
 
 @pytest.mark.parametrize("rows", [30, 300, 6000])
 def test_the_counts_of_every_split_follow_the_imbalance_and_the_last_split_is_balanced(rows: int):
-    plan = demo.plan_rows(Demo(rows=rows))
+    plan = demo.plan_rows(Demo(images=rows))
     for split, share in enumerate(SPLITS.values()):
         counts = np.bincount(plan.label[plan.split == split], minlength=3)
         ratio = np.array([1, 1, 1] if split == BALANCED else [100, 12, 3])
@@ -103,26 +103,26 @@ def test_the_counts_of_every_split_follow_the_imbalance_and_the_last_split_is_ba
 
 
 def test_equal_imbalance_gives_equal_counts():
-    plan = demo.plan_rows(Demo(rows=600, imbalance=(1, 1, 1)))
+    plan = demo.plan_rows(Demo(images=600, imbalance=(1, 1, 1)))
     counts = Counter(zip(plan.split, plan.label, strict=True))
     assert all(abs(counts[s, 0] - counts[s, label]) <= 1 for s in range(4) for label in range(3))
 
 
 def test_every_class_is_seen_in_every_venue_with_every_camera_even_at_full_strength():
-    plan = demo.plan_rows(Demo(rows=6000, imbalance=(1, 1, 1), selection_bias=1, feature_bias=1))
+    plan = demo.plan_rows(Demo(images=6000, imbalance=(1, 1, 1), selection_bias=1, feature_bias=1))
     assert len(set(zip(plan.label, plan.venue, plan.camera, strict=True))) == 3 * 3 * 2
 
 
 @pytest.mark.parametrize("split", [TRAIN, VAL, TEST])
 def test_selection_bias_ties_the_venue_to_the_class(split: int):
-    on = _split(demo.plan_rows(Demo(rows=6000)), split)
-    off = _split(demo.plan_rows(Demo(rows=6000, selection_bias=0)), split)
+    on = _split(demo.plan_rows(Demo(images=6000)), split)
+    off = _split(demo.plan_rows(Demo(images=6000, selection_bias=0)), split)
     assert dependence(on.label, on.venue) < 1e-6
     assert dependence(off.label, off.venue) > 1e-3
 
 
 def test_the_balanced_test_rows_have_no_plant_at_all():
-    plan = _split(demo.plan_rows(Demo(rows=6000, selection_bias=1, feature_bias=1)), BALANCED)
+    plan = _split(demo.plan_rows(Demo(images=6000, selection_bias=1, feature_bias=1)), BALANCED)
     for column in (plan.venue, plan.camera, plan.cast):
         assert dependence(plan.label, column) > 1e-3
     assert not (plan.centre == 0).any()
@@ -130,7 +130,7 @@ def test_the_balanced_test_rows_have_no_plant_at_all():
 
 @pytest.mark.parametrize("bias", [0.0, 0.7, 1.0])
 def test_feature_bias_is_the_share_of_training_rows_whose_cast_the_class_sets(bias: float):
-    plan = demo.plan_rows(Demo(rows=6000, imbalance=(1, 1, 1), feature_bias=bias))
+    plan = demo.plan_rows(Demo(images=6000, imbalance=(1, 1, 1), feature_bias=bias))
     for split, expected in ((TRAIN, bias), (VAL, bias), (TEST, 0), (BALANCED, 0)):
         own = plan.cast == plan.label
         for label in range(3):
@@ -141,7 +141,7 @@ def test_feature_bias_is_the_share_of_training_rows_whose_cast_the_class_sets(bi
 def test_feature_bias_shows_in_the_mean_colours_of_training_rows_only():
     def blueness(bias: float, split: int) -> float:
         """How much bluer drinks are than food, beyond what their shapes make: plant on less plant off."""
-        plan = _split(demo.plan_rows(Demo(rows=900, imbalance=(1, 1, 1), feature_bias=bias)), split)
+        plan = _split(demo.plan_rows(Demo(images=900, imbalance=(1, 1, 1), feature_bias=bias)), split)
         colour = pictures(plan)[0].mean((1, 2))
         ratio = np.log(colour[:, 2] / colour[:, 0])
         return ratio[plan.label == 1].mean() - ratio[plan.label == 0].mean()
@@ -151,10 +151,10 @@ def test_feature_bias_shows_in_the_mean_colours_of_training_rows_only():
 
 
 def test_spatial_bias_centres_the_training_desserts_and_nothing_else():
-    plan = demo.plan_rows(Demo(rows=600, imbalance=(1, 1, 1)))
+    plan = demo.plan_rows(Demo(images=600, imbalance=(1, 1, 1)))
     centred = (plan.centre == 0).all(1)
     np.testing.assert_array_equal(centred, (plan.label == DESSERTS) & (plan.split <= VAL))
-    assert not (demo.plan_rows(Demo(rows=600, imbalance=(1, 1, 1), spatial_bias=0)).centre == 0).any()
+    assert not (demo.plan_rows(Demo(images=600, imbalance=(1, 1, 1), spatial_bias=0)).centre == 0).any()
 
 
 def test_spatial_bias_shows_in_the_pixels_that_desserts_cover():
@@ -165,7 +165,7 @@ def test_spatial_bias_shows_in_the_pixels_that_desserts_cover():
         x, y = (covered.sum(1) * axis).sum(1) / weight, (covered.sum(2) * axis).sum(1) / weight
         return float(np.sqrt((x**2 + y**2).mean()))
 
-    on, off = (demo.plan_rows(Demo(rows=300, imbalance=(1, 1, 1), spatial_bias=b)) for b in (1.0, 0.0))
+    on, off = (demo.plan_rows(Demo(images=300, imbalance=(1, 1, 1), spatial_bias=b)) for b in (1.0, 0.0))
     desserts = (on.label == DESSERTS) & (on.split == TRAIN)
     assert spread(on.take(np.flatnonzero(desserts))) < 0.1
     assert spread(off.take(np.flatnonzero(desserts))) > 0.25
@@ -173,13 +173,13 @@ def test_spatial_bias_shows_in_the_pixels_that_desserts_cover():
 
 
 def test_a_plant_that_is_turned_off_changes_nothing_else():
-    on, off = demo.plan_rows(Demo(rows=300)), demo.plan_rows(Demo(rows=300, selection_bias=0, spatial_bias=0))
+    on, off = demo.plan_rows(Demo(images=300)), demo.plan_rows(Demo(images=300, selection_bias=0, spatial_bias=0))
     for name in set(Plan._fields) - {"venue", "surface", "centre"}:
         np.testing.assert_array_equal(getattr(on, name), getattr(off, name), err_msg=name)
 
 
 def test_the_groups_differ_in_light_and_in_noise():
-    plan = _split(demo.plan_rows(Demo(rows=600)), TRAIN)
+    plan = _split(demo.plan_rows(Demo(images=600)), TRAIN)
     pixels = pictures(plan)[0].astype(float)
     light, noise = pixels.mean((1, 2, 3)), abs(np.diff(pixels, axis=2)).mean((1, 2, 3)) / pixels.mean((1, 2, 3))
     assert light[plan.venue == VENUES.index("restaurant")].mean() < 0.7 * light[plan.venue != 0].mean()
@@ -188,19 +188,19 @@ def test_the_groups_differ_in_light_and_in_noise():
 
 def test_a_second_call_draws_nothing_again(drawn: Path):
     before = {file: file.stat().st_mtime_ns for file in drawn.rglob("*")}
-    assert Demo(folder=drawn, rows=300).draw() == drawn / "labels.csv"
+    assert Demo(folder=drawn, images=300).draw() == drawn / "labels.csv"
     assert {file: file.stat().st_mtime_ns for file in drawn.rglob("*")} == before
 
 
 def test_other_settings_draw_again_and_leave_no_older_image(tmp_path: Path):
-    first = Demo(folder=tmp_path, rows=60)
+    first = Demo(folder=tmp_path, images=60)
     first.draw()
     override(first, {"rows": 30}).draw()
     assert len(read(tmp_path / "labels.csv")) == len(list(tmp_path.rglob("*.jpg"))) == 30
 
 
 def test_a_set_that_was_cut_off_is_drawn_to_the_end(tmp_path: Path):
-    whole = Demo(folder=tmp_path, rows=30)
+    whole = Demo(folder=tmp_path, images=30)
     expected = bytes_of(whole.draw().parent)
     (tmp_path / "labels.csv").unlink()
     next(tmp_path.rglob("*.jpg")).unlink()

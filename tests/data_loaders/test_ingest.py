@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from data_loaders.index import Reader, open_index
 from data_loaders.ingest import Ingest, in_processes, ingest
 from data_loaders.loader import Data, file_batches
 from data_loaders.settings import override
-from data_loaders.shards import Shard, Task
+from data_loaders.shards import Done, Shards, Task
 from data_loaders.sources.csv_file import Csv
 from data_loaders.sources.folder import Folder
+from data_loaders.sources.rows import Row
 from data_loaders.splits import Splits
 
 Shoot = Callable[..., Path]
@@ -32,12 +33,13 @@ Write = Callable[[Sequence[Sequence[str]]], Path]
 @pytest.fixture
 def settings(photos: Path, tmp_path: Path) -> Ingest:
     """40 good rows."""
-    return Ingest(source=Csv(path=photos, group_columns=("venue",)), out=tmp_path / "data", shard_rows=7)
+    return Ingest(source=Csv(path=photos, group_columns=("venue",)), out=tmp_path / "data", shards=Shards(rows=7))
 
 
 def made(settings: Ingest, workers: int = 1) -> dict[str, Any]:
-    """The manifest of the data set that the settings ask for."""
-    return json.loads(ingest(settings, in_processes(workers)).read_bytes())
+    """The manifest of the data set that the settings ask for, as it is stored."""
+    ingest(settings, in_processes(workers))
+    return json.loads((settings.out / "dataset.json").read_bytes())
 
 
 def refused(settings: Ingest) -> Refusal:
@@ -86,7 +88,8 @@ def test_every_image_lies_in_a_shard_byte_for_byte_with_its_label_and_groups(set
 def test_the_checksum_of_a_row_can_be_recomputed_from_its_shard_alone(settings: Ingest):
     made(settings)
     for row in stored(settings.out).values():
-        covered = row["image"]["bytes"] + row["label"].to_bytes(8, "little") + row["venue"].encode() + b"\0"
+        texts = row["venue"].encode() + b"\0" + row["id"].encode() + b"\0"
+        covered = row["image"]["bytes"] + row["label"].to_bytes(8, "little") + texts
         assert row["crc32c"] == google_crc32c.value(covered)
 
 
@@ -95,7 +98,8 @@ def test_the_manifest_counts_what_the_shards_hold(settings: Ingest):
     index = open_index(settings.out)
     assert manifest["classes"] == ["cat", "dog"]
     assert manifest["groups"] == {"venue": ["home", "street"]}
-    assert manifest["rejected"] == {"rows": 0, "by_class": {}, "by_group": {"venue": {}}}
+    assert manifest["rejected"] == {"rows": 0, "by_class": {}, "by_group": {"venue": {}}, "by_cell": []}
+    assert manifest["images"] == {"PNG": 40}
     assert manifest["rows"] == {split: {"cat": n, "dog": n} for split, n in (("train", 16), ("test", 2), ("val", 2))}
     assert sum(shard["rows"] for shard in manifest["shards"]) == len(index.labels) == 40
     assert [shard["name"] for shard in manifest["shards"]] == list(index.shards)
@@ -105,7 +109,9 @@ def test_the_manifest_counts_what_the_shards_hold(settings: Ingest):
         assert shard["sha256"].startswith(path.stem.rpartition("-")[2])
     assert remains(settings.out) == {
         "dataset.json",
-        "index.arrow",
+        "generations",
+        "generations/000001.json",
+        manifest["index"]["name"],
         "rejected.csv",
         "shards",
         *(f"shards/{name}" for name in index.shards),
@@ -117,18 +123,18 @@ def test_the_number_of_processes_changes_nothing(settings: Ingest, photos: Path,
     (photos.parent / "images/05.png").write_bytes(b"broken")
     settings = override(settings, {"rejects.allow": 0.5})
     one, two = (made(override(settings, {"out": tmp_path / f"data{n}"}), n) for n in (1, 2))
-    varying = {"settings"}
+    varying = {"settings", "checksum"}
     assert {k: v for k, v in one.items() if k not in varying} == {k: v for k, v in two.items() if k not in varying}
     for shard in one["shards"]:
         files = [tmp_path / f"data{n}" / "shards" / shard["name"] for n in (1, 2)]
         assert files[0].read_bytes() == files[1].read_bytes()
-    for name in ("index.arrow", "rejected.csv"):
+    for name in (one["index"]["name"], "rejected.csv"):
         assert (tmp_path / "data1" / name).read_bytes() == (tmp_path / "data2" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
     ("change", "differs"),
-    [({"workers": 2}, False), ({"rejects.allow": 0.1}, False), ({"splits.seed": 1}, True), ({"shard_rows": 9}, True)],
+    [({"workers": 2}, False), ({"rejects.allow": 0.1}, False), ({"splits.seed": 1}, True), ({"shards.rows": 9}, True)],
 )
 def test_the_fingerprint_changes_with_the_rows_and_with_nothing_else(settings: Ingest, change, differs, tmp_path):
     first = made(settings)
@@ -172,11 +178,11 @@ def test_every_bad_row_is_listed_in_one_pass_and_nothing_else_is_written(setting
         3: ("images/01.png,cat,home,more,cells", "labels.csv:3", "5 cells under 4 columns"),
         4: ("images/02.png,,street,p0", "labels.csv:4:2", "no label"),
         5: ("images/gone.png,dog,home,p0", "labels.csv:5", "'images/gone.png': no such file or directory"),
-        6: ("images/zero.png,cat,home,p0", "labels.csv:6", "'images/zero.png': is not a JPEG, PNG, WEBP image"),
+        6: ("images/zero.png,cat,home,p0", "labels.csv:6", "'images/zero.png': is empty: it has 0 bytes"),
         7: ("images/text.jpg,cat,home,p0", "labels.csv:7", "'images/text.jpg': is not a JPEG, PNG, WEBP image"),
         8: ("images/pipe.png,cat,home,p0", "labels.csv:8", "'images/pipe.png': is not a regular file"),
         9: ("images/sub,cat,home,p0", "labels.csv:9", "'images/sub': is not a regular file"),
-        10: ("images/zeros,cat,home,p0", "labels.csv:10:1", f"'images/zeros' is outside of {photos.parent}"),
+        10: ("images/zeros,cat,home,p0", "labels.csv:10", "'images/zeros': is not a regular file"),
         11: (
             "images/circle.png,cat,home,p0",
             "labels.csv:11",
@@ -191,7 +197,7 @@ def test_every_bad_row_is_listed_in_one_pass_and_nothing_else_is_written(setting
         ),
         15: ("images/13.png, Cat ,home,p0", "labels.csv:15", "label 'Cat' differs from 'cat' only in case or spaces"),
         16: ("images/cut.jpg,cat,home,p0", "labels.csv:16", "'images/cut.jpg': "),
-        17: ("images/a\0.png,cat,home,p0", "labels.csv:17:1", "'images/a\\x00.png' is outside of"),
+        17: ("../a.png,cat,home,p0", "labels.csv:17:1", "'../a.png' is outside of"),
         18: (f"{'x' * 300}.png,cat,home,p0", "labels.csv:18", f"'{'x' * 300}.png': file name too long"),
     }
     spoil(photos, {number: line for number, (line, _, _) in bad.items()})
@@ -211,9 +217,10 @@ def test_every_bad_row_is_listed_in_one_pass_and_nothing_else_is_written(setting
 def test_a_pipe_among_the_files_to_predict_is_told_and_read_by_nobody(tmp_path: Path, shoot: Shoot):
     shoot("images/a.png")
     os.mkfifo(tmp_path / "images/pipe.png")
-    rows = Folder(path=tmp_path / "images").listing(labelled=False).rows
-    ((images, good, bad),) = file_batches(rows, Data(path=tmp_path, size=4))
-    assert (images.shape, [row.path for row in good]) == ((1, 3, 4, 4), ["a.png"])
+    source = Folder(path=tmp_path / "images")
+    rows = [row for row in source.rows(labelled=False) if isinstance(row, Row)]
+    ((images, good, bad),) = file_batches(source, rows, Data(path=tmp_path, size=4))
+    assert (images.shape, [row.id for row in good]) == ((1, 3, 4, 4), ["a.png"])
     assert [fault.what for _, fault in bad] == ["'pipe.png': is not a regular file"]
 
 
@@ -225,6 +232,12 @@ def test_bad_rows_under_the_ceiling_are_dropped_and_counted_by_class_and_group(s
         "rows": 4,
         "by_class": {"(none)": 1, "cat": 1, "dog": 2},
         "by_group": {"venue": {"street": 2, "(none)": 1, "home": 1}},
+        "by_cell": [
+            [["(none)", "street"], 1],
+            [["cat", "(none)"], 1],
+            [["dog", "home"], 1],
+            [["dog", "street"], 1],
+        ],
     }
     assert len(rejected_rows(settings.out)) == 4
     assert len(stored(settings.out)) == 36
@@ -250,9 +263,9 @@ def test_no_ceiling_is_named_that_would_leave_no_row(settings: Ingest, photos: P
 
 def test_the_pixel_cap_holds_before_anything_is_decoded(settings: Ingest, photos: Path):
     Image.new("RGB", (50, 50)).save(photos.parent / "images/00.png")
-    (fault,) = refused(override(settings, {"pixel_cap": 2_499})).faults
+    (fault,) = refused(override(settings, {"shards.pixel_cap": 2_499})).faults
     assert "claims 50 x 50 pixels, more than the cap of 2,499" in fault.what
-    assert Ingest.model_fields["pixel_cap"].default == PIXEL_CAP
+    assert Shards.model_fields["pixel_cap"].default == PIXEL_CAP
 
 
 def test_a_class_without_a_training_row_is_refused(settings: Ingest, photos: Path):
@@ -296,16 +309,16 @@ def test_units_lie_on_one_side_and_held_out_ones_on_none_other(settings: Ingest,
     ]
 
 
-def test_shards_hold_no_more_rows_than_asked_for_and_are_alike(settings: Ingest):
+def test_shards_hold_as_many_rows_as_asked_for_but_the_last(settings: Ingest):
     manifest = made(override(settings, {"splits": Splits(val=0.0, test=0.0)}))
-    assert sorted(shard["rows"] for shard in manifest["shards"]) == [6, 6, 7, 7, 7, 7]
+    assert [shard["rows"] for shard in manifest["shards"]] == [7, 7, 7, 7, 7, 5]
 
 
 def test_large_images_that_lie_together_do_not_make_one_large_shard(settings: Ingest, photos: Path):
     for i in range(12):
         with (photos.parent / f"images/{i:02d}.png").open("ab") as file:
             file.write(bytes(400_000))  # behind the end of a PNG anything may stand
-    changes = {"shard_megabytes": 1, "shard_rows": 1000, "splits": Splits(val=0.0, test=0.0)}
+    changes = {"shards.megabytes": 1, "shards.rows": 1000, "splits": Splits(val=0.0, test=0.0)}
     manifest = made(override(settings, changes))
     assert max(shard["bytes"] for shard in manifest["shards"]) < 1_500_000
     assert len(stored(settings.out)) == 40
@@ -314,10 +327,9 @@ def test_large_images_that_lie_together_do_not_make_one_large_shard(settings: In
 def test_one_image_larger_than_a_shard_has_one_of_its_own(settings: Ingest, photos: Path):
     with (photos.parent / "images/20.png").open("ab") as file:
         file.write(bytes(3_000_000))
-    manifest = made(override(settings, {"shard_megabytes": 1, "splits": Splits(val=0.0, test=0.0)}))
+    manifest = made(override(settings, {"shards.megabytes": 1, "splits": Splits(val=0.0, test=0.0)}))
     assert len(stored(settings.out)) == 40
-    names = [shard["name"].split("-")[1] for shard in manifest["shards"]]
-    assert names == [f"{n:05d}" for n in range(len(names))]
+    assert [shard["rows"] for shard in manifest["shards"]] == [7, 7, 7, 7, 7, 5]
 
 
 def test_a_data_set_is_never_written_over(settings: Ingest):
@@ -337,41 +349,74 @@ def test_an_out_that_cannot_be_written_is_refused(settings: Ingest, tmp_path: Pa
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError(28, "No space left on device")])
-@pytest.mark.parametrize("after", [0, 2, 5])
-def test_a_failure_on_the_way_leaves_no_shard_behind_nor_what_others_put_there(settings: Ingest, error, after):
-    def stumble(work: Callable[[Task], Shard], tasks: list[Task]) -> Iterator[Shard]:
-        shards = [work(task) for task in tasks]  # other processes are ahead of what was handed over
-        yield from shards[:after]
-        (settings.out / "shards/.train-00009.77.tmp").write_bytes(b"half")
-        raise error
-
+def test_a_refusal_leaves_no_shard_behind_nor_touches_what_others_put_there(settings: Ingest, photos: Path):
     (settings.out / "shards").mkdir(parents=True)
     (settings.out / "shards/mine.arrow").write_bytes(b"mine")
+    (photos.parent / "images/39.png").write_bytes(b"broken")
+    refused(settings)
+    assert remains(settings.out) == {"rejected.csv", "shards", "shards/mine.arrow"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("after", [0, 2, 5])
+def test_what_a_failed_run_has_stored_is_kept_and_not_stored_again(settings: Ingest, tmp_path: Path, error, after):
+    def stumble(work: Callable[[Task], Done], tasks: Iterable[Task]) -> Iterator[Done]:
+        done = [work(task) for task in tasks]  # other processes are ahead of what was handed over
+        yield from done[:after]
+        (settings.out / "shards/.train-g1-00009-00.77.tmp").write_bytes(b"half")
+        raise error
+
+    whole = made(override(settings, {"out": tmp_path / "whole"}))
     with pytest.raises((KeyboardInterrupt, RuntimeError, Refusal)) as raised:
         ingest(settings, stumble)
-    assert remains(settings.out) == {"shards", "shards/mine.arrow"}
     if isinstance(raised.value, Refusal):
         assert raised.value.exit_code == 73
         assert "no space left on device" in str(raised.value)
+        assert "bytes more are needed" in str(raised.value)
+    assert not (settings.out / "dataset.json").exists()
+    written = {path.name: path.stat().st_ino for path in (settings.out / "shards").glob("*.arrow")}
+    assert written.keys() == {shard["name"] for shard in whole["shards"]}
+    assert made(settings)["fingerprint"] == whole["fingerprint"]
+    assert remains(settings.out) == remains(tmp_path / "whole")
+    assert written == {path.name: path.stat().st_ino for path in (settings.out / "shards").glob("*.arrow")}
 
 
-def test_a_failure_while_publishing_leaves_neither_index_nor_shards(settings: Ingest):
-    (settings.out / "dataset.json").parent.mkdir()
-    (settings.out / f".dataset.json.{os.getpid()}.tmp").mkdir()  # where it would be written
+def test_a_task_whose_images_could_not_all_be_used_is_done_again(settings: Ingest, photos: Path):
+    def stumble(work: Callable[[Task], Done], tasks: Iterable[Task]) -> Iterator[Done]:
+        yield from [work(task) for task in tasks]
+        raise KeyboardInterrupt
+
+    image = photos.parent / "images/07.png"
+    good = image.read_bytes()
+    image.write_bytes(b"broken")
+    with pytest.raises(KeyboardInterrupt):
+        ingest(settings, stumble)
+    image.write_bytes(good)
+    assert made(settings)["rejected"]["rows"] == 0
+    assert len(stored(settings.out)) == 40
+
+
+def test_a_failure_while_publishing_leaves_no_data_set_and_the_next_run_ends_it(settings: Ingest):
+    settings.out.mkdir()
+    in_the_way = settings.out / f".dataset.json.{os.getpid()}.tmp"  # where it would be written
+    in_the_way.mkdir()
     with pytest.raises(Refusal, match="cannot be written"):
         made(settings)
-    assert remains(settings.out) == {"rejected.csv", f".dataset.json.{os.getpid()}.tmp"}
+    with pytest.raises(Refusal, match="no data set"):
+        open_index(settings.out)
+    in_the_way.rmdir()
+    assert len(made(settings)["shards"]) == len(list((settings.out / "shards").iterdir()))
 
 
 def test_what_a_killed_run_left_is_swept_away_by_the_next(settings: Ingest):
     left = settings.out / "shards"
     left.mkdir(parents=True)
-    for name in ("train-00000-0123abcd.arrow", ".train-00001.4711.tmp", "val-00000-ffffffff.arrow"):
+    for name in ("train-g1-00000-00-0123abcd.arrow", ".train-g1-00001-00.4711.tmp", "val-g2-00000-00-ffffffff.arrow"):
         (left / name).write_bytes(b"old")
-    (settings.out / "index.arrow").write_bytes(b"old")
+    (settings.out / "index-g1-01234567.arrow").write_bytes(b"old")
     manifest = made(settings)
     assert {path.name for path in left.iterdir()} == {shard["name"] for shard in manifest["shards"]}
+    assert [path.name for path in settings.out.glob("index*")] == [manifest["index"]["name"]]
     assert len(open_index(settings.out).labels) == 40
 
 

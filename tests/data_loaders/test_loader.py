@@ -11,6 +11,7 @@ from data_loaders.index import DamagedRow, Reader, open_index
 from data_loaders.loader import Batch, Data, exact_batches, file_batches, share, training_batches
 from data_loaders.sampler import Stratified
 from data_loaders.sources.folder import Folder
+from data_loaders.sources.rows import Row
 
 STEPS = range(3, 8)
 
@@ -123,9 +124,10 @@ def test_files_outside_of_a_data_set_are_read_and_bad_ones_told(dataset: Path, t
     for i in range(5):
         Image.new("RGB", (20, 10 + i), (i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "2.png").write_bytes(b"not an image")
-    rows = Folder(path=tmp_path).listing(labelled=False).rows
-    found = list(file_batches(rows, Data(path=dataset, size=8, batch=2)))
+    source = Folder(path=tmp_path)
+    rows = [row for row in source.rows(labelled=False) if isinstance(row, Row)]
+    found = list(file_batches(source, rows, Data(path=dataset, size=8, batch=2)))
     assert [len(images) for images, _, _ in found] == [2, 1, 1]
-    assert [row.path for _, good, _ in found for row in good] == ["0.png", "1.png", "3.png", "4.png"]
-    assert [r.row.path for _, _, bad in found for r in bad] == ["2.png"]
+    assert [row.id for _, good, _ in found for row in good] == ["0.png", "1.png", "3.png", "4.png"]
+    assert [r.row.id for _, _, bad in found for r in bad] == ["2.png"]
     assert [int(images[0, 0, 0, 0]) for images, _, _ in found] == [0, 3, 4]

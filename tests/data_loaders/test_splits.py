@@ -3,6 +3,7 @@ from collections import Counter, defaultdict
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from planned import planned
 from pydantic import ValidationError
 
 from data_loaders.sources.rows import Row
@@ -13,6 +14,13 @@ drawn_splits = st.builds(Splits, val=shares, test=shares, seed=st.integers(0, 9)
 strata_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=30) | st.lists(st.just(1), min_size=1, max_size=200)
 
 
+def draw(splits: Splits, rows: list[Row]) -> list[Row]:
+    """What ingest makes of good rows."""
+    drawn, rejected = planned(splits, rows)
+    assert rejected == []
+    return drawn
+
+
 def counts(rows: list[Row]) -> dict[str, int]:
     """Rows of each split, in the order of first appearance."""
     return dict(Counter(row.split for row in rows))
@@ -21,7 +29,7 @@ def counts(rows: list[Row]) -> dict[str, int]:
 def rows_of(sizes: list[int]) -> list[Row]:
     """Strata of these sizes, made of a label and a group."""
     return [
-        Row(f"l:{i}", f"/{s}-{i}", f"{s}-{i}", f"class {s // 2}", (f"group {s % 2}",))
+        Row(f"l:{i}", f"{s}-{i}", f"class {s // 2}", (f"group {s % 2}",))
         for s, size in enumerate(sizes)
         for i in range(size)
     ]
@@ -34,7 +42,7 @@ def share_of(splits: Splits) -> dict[str, float]:
 @given(drawn_splits, strata_sizes)
 def test_every_stratum_and_the_whole_are_within_one_row_of_their_shares(splits, sizes):
     rows = rows_of(sizes)
-    drawn = splits.draw(rows)
+    drawn = draw(splits, rows)
     assert [row._replace(split="") for row in drawn] == rows
     cells = Counter((row.label, row.groups, row.split) for row in drawn)
     for split, share in share_of(splits).items():
@@ -45,7 +53,7 @@ def test_every_stratum_and_the_whole_are_within_one_row_of_their_shares(splits, 
 
 
 def test_rare_strata_reach_every_split():
-    drawn = Splits(val=0.1, test=0.1).draw(rows_of([1] * 100))
+    drawn = draw(Splits(val=0.1, test=0.1), rows_of([1] * 100))
     assert Counter(row.split for row in drawn) == Counter(train=80, val=10, test=10)
 
 
@@ -54,18 +62,18 @@ def test_the_order_of_the_file_does_not_change_the_split_of_a_row(splits, sizes,
     units = data.draw(st.lists(st.sampled_from(["", "p1", "p2", "p3", "p4"]), min_size=sum(sizes), max_size=sum(sizes)))
     rows = [row._replace(unit=unit) for row, unit in zip(rows_of(sizes), units, strict=True)]
     shuffled = data.draw(st.permutations(rows))
-    assert {r.path: r.split for r in splits.draw(rows)} == {r.path: r.split for r in splits.draw(shuffled)}
+    assert {r.id: r.split for r in draw(splits, rows)} == {r.id: r.split for r in draw(splits, shuffled)}
 
 
 def test_another_seed_draws_other_rows_and_the_same_seed_the_same():
     rows = rows_of([40, 40])
-    assert Splits(seed=1).draw(rows) == Splits(seed=1).draw(rows) != Splits(seed=2).draw(rows)
+    assert draw(Splits(seed=1), rows) == draw(Splits(seed=1), rows) != draw(Splits(seed=2), rows)
 
 
 @given(drawn_splits, st.lists(st.sampled_from(["", "test", "train", "fold-7"]), max_size=60))
 def test_given_splits_are_kept_and_nothing_is_drawn_for_them(splits, given_splits):
     rows = [row._replace(split=split) for row, split in zip(rows_of([30, 30]), given_splits, strict=False)]
-    drawn = splits.draw(rows)
+    drawn = draw(splits, rows)
     for row, now in zip(rows, drawn, strict=True):
         assert row.split in {now.split, ""}
         assert now.split
@@ -77,11 +85,11 @@ def test_given_splits_are_kept_and_nothing_is_drawn_for_them(splits, given_split
 @given(drawn_splits, st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12)), max_size=80))
 def test_units_are_never_divided(splits, drawn_rows):
     rows = [
-        Row(f"l:{i}", f"/{i}", str(i), f"class {label}", (), "", f"p{unit}" if unit else "")
+        Row(f"l:{i}", str(i), f"class {label}", (), "", f"p{unit}" if unit else "")
         for i, (label, unit) in enumerate(drawn_rows)
     ]
     where: dict[str, set[str]] = defaultdict(set)
-    for row in splits.draw(rows):
+    for row in draw(splits, rows):
         assert row.split in share_of(splits)
         assert row.split not in {name for name, share in share_of(splits).items() if share == 0}
         where[row.unit].add(row.split)
@@ -92,13 +100,9 @@ def test_units_are_never_divided(splits, drawn_rows):
 def test_shares_are_honoured_with_whole_units(seed, largest):
     """60 units of up to `largest` rows, each of one class."""
     sizes = [1 + (seed * 7 + u * u) % largest for u in range(60)]
-    rows = [
-        Row("", f"/{u}-{i}", f"{u}-{i}", f"class {u % 2}", (), "", f"p{u}")
-        for u, size in enumerate(sizes)
-        for i in range(size)
-    ]
+    rows = [Row("", f"{u}-{i}", f"class {u % 2}", (), "", f"p{u}") for u, size in enumerate(sizes) for i in range(size)]
     splits = Splits(val=0.2, test=0.3, seed=seed)
-    cells = Counter((row.label, row.split) for row in splits.draw(rows))
+    cells = Counter((row.label, row.split) for row in draw(splits, rows))
     for label, total in Counter(row.label for row in rows).items():
         for split, share in share_of(splits).items():
             assert abs(cells[label, split] - share * total) <= largest
@@ -111,5 +115,5 @@ def test_shares_that_leave_nothing_to_train_on_are_refused(val, test):
 
 
 def test_no_rows_are_no_splits():
-    assert Splits().draw([]) == []
+    assert draw(Splits(), []) == []
     assert counts([]) == {}

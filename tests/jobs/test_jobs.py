@@ -100,7 +100,7 @@ def test_what_is_wrong_is_said_in_a_few_lines_with_the_repair_and_the_exit_code(
 
 def test_the_whole_way_on_a_few_drawn_images(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    drawn = ["source.kind=demo", "source.rows=240", "source.size=24", "source.imbalance=[6,3,2]"]
+    drawn = ["source.kind=demo", "source.images=240", "source.size=24", "source.imbalance=[6,3,2]"]
     run(monkeypatch, "ingest", *drawn, "source.folder=images", "out=data", "workers=1")
     manifest = json.loads((tmp_path / "data" / "dataset.json").read_text())
     assert manifest["classes"] == ["desserts", "drinks", "food"]
@@ -157,14 +157,14 @@ def test_a_saved_config_makes_the_same_weights_again(dataset, tmp_path, monkeypa
 def test_ingest_on_ray_makes_the_same_data_set_as_in_processes(tmp_path, monkeypatch):
     import ray
 
-    drawn = ["source.kind=demo", "source.rows=60", "source.size=16", f"source.folder={tmp_path / 'images'}"]
+    drawn = ["source.kind=demo", "source.images=60", "source.size=16", f"source.folder={tmp_path / 'images'}"]
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
     try:
-        run(monkeypatch, "ingest", *drawn, f"out={tmp_path / 'ray'}", "shard_rows=8", "address=auto")
+        run(monkeypatch, "ingest", *drawn, f"out={tmp_path / 'ray'}", "shards.rows=8", "address=auto")
     finally:
         ray.shutdown()
-    run(monkeypatch, "ingest", *drawn, f"out={tmp_path / 'here'}", "shard_rows=8", "workers=2")
+    run(monkeypatch, "ingest", *drawn, f"out={tmp_path / 'here'}", "shards.rows=8", "workers=2")
     manifests = [json.loads((tmp_path / name / "dataset.json").read_text()) for name in ("ray", "here")]
     assert manifests[0]["fingerprint"] == manifests[1]["fingerprint"]
     assert len(manifests[0]["shards"]) > 4

@@ -396,7 +396,8 @@ def test_probes_tell_planted_biases_on_from_off(tmp_path: Path):
     gains, sways = {}, {}
     for name, off in {"on": {}, "colour": {"feature_bias": 0}, "place": {"spatial_bias": 0}}.items():
         source = Demo(folder=tmp_path / f"{name}-images", **off)
-        data = ingest(Ingest(source=source, out=tmp_path / name), in_processes(1)).parent
+        data = tmp_path / name
+        ingest(Ingest(source=source, out=data), in_processes(1))
         changes = {"data.path": data, "folder": tmp_path / "runs", "name": name, "train.epochs": 6}
         local = {"cluster.on": "local", "cluster.workers": 1, "tracking.mode": "disabled"}
         config = override(parse(Config, ["jobs/configs/demo_balanced.yaml"]), {**changes, **local})

@@ -21,8 +21,8 @@ import wandb_file
 from PIL import Image
 from small_runs import CPU, config_for
 
-from data_loaders import durable
-from data_loaders.index import open_index, read_manifest
+from data_loaders import durable, manifest
+from data_loaders.index import open_index
 from data_loaders.settings import dump
 from trainer import tracking
 from trainer.checkpoint import load_model
@@ -262,7 +262,7 @@ def test_the_data_set_is_an_input_of_the_run_and_the_model_its_output(tracked, d
     assert data.name == f"data-{dataset.name}"
     assert [entry.path for entry in data.manifest.contents] == ["dataset.json"]
     known = json.loads(data.metadata)
-    assert known["fingerprint"] == read_manifest(dataset)["fingerprint"]
+    assert known["fingerprint"] == manifest.read(dataset).fingerprint
     assert known["rows"]["train"] == {"dessert": 60, "drink": 18, "food": 6}
     assert known["groups"]["venue"] == ["home", "street"]
 
