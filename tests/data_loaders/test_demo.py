@@ -195,7 +195,7 @@ def test_a_second_call_draws_nothing_again(drawn: Path):
 def test_other_settings_draw_again_and_leave_no_older_image(tmp_path: Path):
     first = Demo(folder=tmp_path, images=60)
     first.draw()
-    override(first, {"rows": 30}).draw()
+    override(first, {"images": 30}).draw()
     assert len(read(tmp_path / "labels.csv")) == len(list(tmp_path.rglob("*.jpg"))) == 30
 
 

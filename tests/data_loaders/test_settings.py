@@ -117,7 +117,7 @@ def test_text_is_read_as_what_the_setting_is(tmp_path: Path):
     )
     settings = parse(Ingest, [str(tmp_path / "a.yaml")])
     assert isinstance(settings.source, Csv)
-    assert (settings.source.path, settings.source.label_column) == (Path("007"), "3e-4")
+    assert (settings.source.path, settings.source.label_column) == (("007",), "3e-4")
     assert settings.classes == ("no", "yes", "1.0")
     assert settings.splits == Splits(val=0.3, seed=12)
     assert parse(Ingest, [*WORDS, "splits.val=3e-4"]).splits.val == 0.0003
@@ -172,7 +172,7 @@ def test_a_mapping_takes_names_with_dots_and_gives_up_what_is_no_mapping():
     words = [*WORDS, "source.held_out=old.csv", "source.held_out.test=t.csv", "source.held_out.site.b=b.csv"]
     source = parse(Ingest, words).source
     assert isinstance(source, Csv)
-    assert source.held_out == {"test": Path("t.csv"), "site.b": Path("b.csv")}
+    assert source.held_out == {"test": ("t.csv",), "site.b": ("b.csv",)}
 
 
 def test_a_mapping_of_mappings_is_reached_by_words_and_files(tmp_path: Path):
@@ -189,7 +189,7 @@ def test_settings_are_frozen_and_override_leaves_them_as_they_were():
     changed = override(settings, {"splits.val": 0.3, "source.held_out.test": "t.csv"})
     assert settings == parse(Ingest, WORDS)
     assert isinstance(changed.source, Csv)
-    assert changed.source.held_out == {"test": Path("t.csv")}
+    assert changed.source.held_out == {"test": ("t.csv",)}
     with pytest.raises(ValidationError, match="frozen"):
         settings.out = Path("b")
 
@@ -208,22 +208,22 @@ def test_every_fault_of_files_and_words_is_found_in_one_pass(tmp_path: Path):
         "out:\n"
         "  path: here\n"
     )
-    found = refused(Ingest, [str(path), "shard_row=3", "pixel_cap=0", "shape", "splits.seed=1.5"])
+    found = refused(Ingest, [str(path), "shards.row=3", "shards.pixel_cap=0", "shape", "splits.seed=1.5"])
     assert found.keys() == {
         f"{path}:3:16",
         f"{path}:5:8",
         f"{path}:6:10",
         f"{path}:8:14",
         f"{path}:10:9",
-        "shard_row",
-        "pixel_cap",
+        "shards.row",
+        "shards.pixel_cap",
         "shape",
         "splits.seed",
         "source.path",
         "out",
     }
     assert "no setting 'source.label_colum' — did you mean label_column" in found[f"{path}:3:16"]
-    assert "did you mean shard_rows" in found["shard_row"]
+    assert "did you mean rows" in found["shards.row"]
     assert "not 'much'" in found[f"{path}:5:8"]
     assert "greater than or equal to 0" in found[f"{path}:6:10"]
     assert "has no part" in found[f"{path}:10:9"]
@@ -306,7 +306,7 @@ def test_differences_are_named_with_both_values():
     a = parse(Ingest, WORDS)
     b = override(a, {"source.held_out.test": "t.csv", "splits.val": 0.2})
     assert list(differences(a, a)) == []
-    assert list(differences(a, b)) == [("source.held_out.test", None, "t.csv"), ("splits.val", 0.1, 0.2)]
+    assert list(differences(a, b)) == [("source.held_out.test", None, ["t.csv"]), ("splits.val", 0.1, 0.2)]
 
 
 def paths_of(kind: type[Settings], prefix: str = "") -> list[str]:
@@ -322,9 +322,10 @@ def test_describe_lists_every_setting_with_default_type_bounds_and_meaning():
     lines = list(describe(Ingest))
     listed = [line.split()[0] for line in lines if line.startswith("  ") and not line.startswith("      ")]
     assert sorted(path for path in listed if "kind=" not in path) == sorted(paths_of(Ingest))
-    assert "  source.path required  (path)" in lines
+    assert "  source.path required  (str | path)" in lines
     assert "  splits.val = 0.1  (float, >= 0.0, < 1.0)" in lines
     assert "  address = null  (str | null)" in lines
     assert "  source.group_columns = []  (tuple[str, …])" in lines
-    assert any(line.startswith("  source.kind=csv: Images listed in a CSV file") for line in lines)
-    assert lines[lines.index("  out required  (path)") + 1] == "      Folder of the data set; must not hold one yet."
+    assert any(line.startswith("  source.kind=csv: Images listed in CSV files") for line in lines)
+    meaning = "      Folder of the data set; must not hold one yet, but to append."
+    assert lines[lines.index("  out required  (path)") + 1] == meaning
