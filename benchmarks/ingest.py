@@ -112,10 +112,10 @@ def _mosaic(hashes: list[str]) -> Write:
 
 def _webdataset(decoded: bool) -> Write:
     def write(images: Path, out: Path) -> None:
-        import webdataset
+        from webdataset.writer import ShardWriter
 
         out.mkdir()
-        with webdataset.ShardWriter(str(out / "%06d.tar"), maxsize=64e6, verbose=0) as writer:
+        with ShardWriter(str(out / "%06d.tar"), maxsize=64e6, verbose=0) as writer:
             for k, folder in enumerate(sorted(images.iterdir())):
                 for file in sorted(folder.iterdir()):
                     content = file.read_bytes()
