@@ -5,6 +5,7 @@ done stays when an ingest is killed, and is taken up by the same command.
 """
 
 import os
+import shutil
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,7 +25,7 @@ from data_loaders.faults import Fault, Refusal
 from data_loaders.index import FIELDS, Index, index_of, schema
 from data_loaders.manifest import SHARDS, WORK, File, Generation, Manifest
 from data_loaders.plan import BATCH, Plan
-from data_loaders.progress import Progress
+from data_loaders.progress import Progress, say
 from data_loaders.rejects import Cell, Rejects, uneven
 from data_loaders.settings import Settings, digest
 from data_loaders.shards import Done, Shards, Task, write_shards
@@ -108,7 +109,7 @@ def _end_with_parent() -> None:
 @contextmanager
 def _writing(out: Path) -> Iterator[Manifest | None]:
     """A folder to add a generation to; yields the newest one. At the end nothing is left that no generation names; what
-    a killed or failed run has stored stays for the next one."""
+    a run that was killed, failed or refused has stored stays for the next one."""
     try:
         durable.make_folder(out)
         with durable.locked(out):
@@ -118,7 +119,7 @@ def _writing(out: Path) -> Iterator[Manifest | None]:
             try:
                 yield former[-1] if former else None
             except Refusal:
-                manifest.sweep(out, former)
+                _keep_stored(out, former)
                 raise
             manifest.sweep(out, manifest.generations(out))
     except OSError as wrong:
@@ -128,6 +129,15 @@ def _writing(out: Path) -> Iterator[Manifest | None]:
         fix += ", or give another out=…" + ("; what is stored is kept, and the same command goes on" if kept else "")
         fault = Fault(str(wrong.filename or out), what, fix)
         raise Refusal("The data set cannot be written:", [fault], 73) from wrong
+
+
+def _keep_stored(out: Path, former: list[Manifest]) -> None:
+    """Hours of work may be in it: only some images, or a setting, must be mended. Without it, nothing is left."""
+    if any(path.parent.name == SHARDS for path in manifest.unnamed(out, former)):
+        shutil.rmtree(out / WORK / "plan")
+        say(f"good images are kept: the mended command goes on from them, or python -m jobs.gc data={out} removes them")
+    else:
+        manifest.sweep(out, former)
 
 
 def _held(settings: Ingest, former: Manifest | None) -> Index | None:

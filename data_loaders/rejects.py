@@ -31,7 +31,7 @@ class Rejects(Settings):
     """What happens when rows are bad."""
 
     allow: Fraction = 0.0
-    """Largest share of the rows that may be dropped; above it, nothing is written but the list of them."""
+    """Largest share of the rows that may be dropped; above it, no data set is made, only the list of them."""
     uneven: Literal["refuse", "allow"] = "refuse"
     """Whether rows may be dropped from some classes or groups more often than chance would (p < 0.01)."""
 

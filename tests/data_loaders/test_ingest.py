@@ -19,6 +19,7 @@ from data_loaders.faults import Refusal
 from data_loaders.index import Reader, open_index
 from data_loaders.ingest import Ingest, in_processes, ingest
 from data_loaders.loader import Data, file_batches
+from data_loaders.manifest import collect_garbage
 from data_loaders.settings import override
 from data_loaders.shards import Done, Shards, Task
 from data_loaders.sources.csv_file import Csv
@@ -65,6 +66,13 @@ def spoil(photos: Path, lines: dict[int, str]) -> None:
 
 def remains(out: Path) -> set[str]:
     return {str(path.relative_to(out)) for path in out.rglob("*")}
+
+
+def remains_swept(out: Path) -> set[str]:
+    """What is left where no data set was made, when what is stored is given up."""
+    assert not (out / "dataset.json").exists()
+    collect_garbage(out)
+    return remains(out)
 
 
 def rejected_rows(out: Path) -> list[dict[str, str]]:
@@ -211,7 +219,7 @@ def test_every_bad_row_is_listed_in_one_pass_and_nothing_else_is_written(setting
         assert found[place].startswith(reason)
     assert all(fault.fix for fault in refusal.faults)
     assert [(line["where"], line["reason"], line["fix"]) for line in rejected_rows(settings.out)] == refusal.faults
-    assert remains(settings.out) == {"rejected.csv"}
+    assert remains_swept(settings.out) == {"rejected.csv"}
 
 
 def test_a_pipe_among_the_files_to_predict_is_told_and_read_by_nobody(tmp_path: Path, shoot: Shoot):
@@ -258,7 +266,7 @@ def test_no_ceiling_is_named_that_would_leave_no_row(settings: Ingest, photos: P
     for path in (photos.parent / "images").iterdir():
         path.write_bytes(b"broken")
     assert "rejects.allow" not in refused(settings).title
-    assert remains(settings.out) == {"rejected.csv"}
+    assert remains_swept(settings.out) == {"rejected.csv"}
 
 
 def test_the_pixel_cap_holds_before_anything_is_decoded(settings: Ingest, photos: Path):
@@ -272,7 +280,7 @@ def test_a_class_without_a_training_row_is_refused(settings: Ingest, photos: Pat
     spoil(photos, {2: "images/00.png,bird,home,p0"})
     refusal = refused(override(settings, {"splits.val": 0.7, "splits.test": 0.2}))
     assert refusal.faults[0].where == "bird"
-    assert remains(settings.out) == {"rejected.csv"}
+    assert remains_swept(settings.out) == {"rejected.csv"}
 
 
 def test_one_class_or_none_is_not_enough(settings: Ingest, photos: Path, listing_csv: Write):
@@ -280,7 +288,7 @@ def test_one_class_or_none_is_not_enough(settings: Ingest, photos: Path, listing
     assert "a classifier needs two" in str(refused(settings))
     listing_csv([("path", "label", "venue")])
     assert "a classifier needs two" in str(refused(settings))
-    assert remains(settings.out) == {"rejected.csv"}
+    assert remains_swept(settings.out) == {"rejected.csv"}
 
 
 def test_given_classes_fix_their_order_and_others_are_rejected(settings: Ingest, photos: Path, tmp_path: Path):
@@ -349,12 +357,12 @@ def test_an_out_that_cannot_be_written_is_refused(settings: Ingest, tmp_path: Pa
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_refusal_leaves_no_shard_behind_nor_touches_what_others_put_there(settings: Ingest, photos: Path):
+def test_what_a_refusal_leaves_is_garbage_but_for_what_others_put_there(settings: Ingest, photos: Path):
     (settings.out / "shards").mkdir(parents=True)
     (settings.out / "shards/mine.arrow").write_bytes(b"mine")
     (photos.parent / "images/39.png").write_bytes(b"broken")
     refused(settings)
-    assert remains(settings.out) == {"rejected.csv", "shards", "shards/mine.arrow"}
+    assert remains_swept(settings.out) == {"rejected.csv", "shards", "shards/mine.arrow"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError(28, "No space left on device")])
@@ -379,6 +387,18 @@ def test_what_a_failed_run_has_stored_is_kept_and_not_stored_again(settings: Ing
     assert made(settings)["fingerprint"] == whole["fingerprint"]
     assert remains(settings.out) == remains(tmp_path / "whole")
     assert written == {path.name: path.stat().st_ino for path in (settings.out / "shards").glob("*.arrow")}
+
+
+def test_a_refusal_keeps_the_good_images_for_the_mended_command(settings: Ingest, photos: Path, capfd):
+    (photos.parent / "images/39.png").write_bytes(b"broken")
+    refused(settings)
+    assert "good images are kept" in capfd.readouterr().err
+    written = {path.name: path.stat().st_ino for path in (settings.out / "shards").glob("*.arrow")}
+    made(override(settings, {"rejects.allow": 0.1}))
+    again = {path.name: path.stat().st_ino for path in (settings.out / "shards").glob("*.arrow")}
+    assert len(again) == len(written) > 4
+    assert len(again.items() - written.items()) == 1  # that of the task with the bad one
+    assert not (settings.out / ".ingest").exists()
 
 
 def test_a_task_whose_images_could_not_all_be_used_is_done_again(settings: Ingest, photos: Path):
