@@ -84,12 +84,16 @@ def in_processes(workers: int) -> Run:
             return
         with ProcessPoolExecutor(count, get_context("spawn"), initializer=_end_with_parent) as pool:
             ahead: deque[Future[Done]] = deque()
-            for task in tasks:
-                ahead.append(pool.submit(work, task))
-                if len(ahead) > AHEAD * count:
+            try:
+                for task in tasks:
+                    ahead.append(pool.submit(work, task))
+                    if len(ahead) > AHEAD * count:
+                        yield ahead.popleft().result()
+                while ahead:
                     yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
 
     return run
 
@@ -200,7 +204,10 @@ def _store(settings: Ingest, run: Run, plan: Plan, former: Manifest | None, held
         rejections.write(out / "rejected.csv")
         kept = _cells(dones, plan.classes, settings.source.group_names)
         _refuse_if(settings, plan, kept, former)
-        return _publish(settings, plan, dones, kept, former, held) if kept or not former else former
+        if former and not kept:
+            say(f"nothing is new: the data set has the {plan.known:,} rows that are listed")
+            return former
+        return _publish(settings, plan, dones, kept, former, held)
     except OSError as wrong:
         what = wrong.strerror or str(wrong)
         if wrong.errno in durable.FULL:
@@ -232,19 +239,19 @@ def _cells(dones: list[Done], classes: tuple[str, ...], group_names: tuple[str, 
 
 def _refuse_if(settings: Ingest, plan: Plan, kept: Counter[Cell], former: Manifest | None) -> None:
     rejections, listed = plan.rejections, settings.out / "rejected.csv"
-    if refusal := rejections.refusal(settings.rejects.allow, kept.total() + plan.known, listed):
+    stored = Counter(plan.known_cells)
+    for (_, *cell), rows in kept.items():
+        stored[tuple(cell)] += rows
+    found = uneven(rejections.cells, stored, rejections.group_names) if settings.rejects.uneven == "refuse" else []
+    if refusal := rejections.refusal(settings.rejects.allow, stored.total(), listed, found):
         raise refusal
-    if settings.rejects.uneven == "refuse":
-        stored = Counter(plan.known_cells)
-        for (_, *cell), rows in kept.items():
-            stored[tuple(cell)] += rows
+    if found:
         fix = f"repair them, they are listed in {listed}; or set rejects.uneven=allow"
-        if found := uneven(rejections.cells, stored, rejections.group_names):
-            faults = [
-                Fault(u.attribute, f"{u.dropped:,} of {u.rows:,} rows of {u.value!r} are dropped, p = {u.p:.4f}", fix)
-                for u in found
-            ]
-            raise Refusal("The rows that cannot be used are not spread as chance would:", faults, 65)
+        faults = [
+            Fault(u.attribute, f"{u.dropped:,} of {u.rows:,} rows of {u.value!r} are dropped, p = {u.p:.4f}", fix)
+            for u in found
+        ]
+        raise Refusal("The rows that cannot be used are not spread as chance would:", faults, 65)
     trained = Counter(former.rows.get(TRAIN)) if former else Counter[str]()
     for (split, label, *_), rows in kept.items():
         trained[label] += rows * (split == TRAIN)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 
+from data_loaders import manifest
 from data_loaders.augment import AnyAugmentation, Standard, centred, rng
 from data_loaders.decode import Pixels, Undecodable, decode
 from data_loaders.index import Index, Ints, Reader, open_index
@@ -32,7 +33,7 @@ class Data(Settings):
     path: Path
     """Folder of the data set, made by `python -m jobs.ingest`."""
     generation: PositiveInt | None = None
-    """Of the data set; by default the newest."""
+    """Of the data set; by default the newest when a run begins, which then stays with it."""
     train: str = TRAIN
     """Split to learn from."""
     validation: str = "val"
@@ -53,6 +54,12 @@ class Data(Settings):
     def index(self) -> Index:
         """Of the data set."""
         return open_index(self.path, self.generation)
+
+    def pinned(self, former: "Data | None" = None) -> "Data":
+        """With a whole path and a generation: that of the run before, or the newest."""
+        path = self.path.resolve()
+        generation = self.generation or (former.generation if former and former.path == path else None)
+        return self.model_copy(update={"path": path, "generation": generation or manifest.read(path).generation})
 
 
 class Batch(NamedTuple):

@@ -30,9 +30,16 @@ IN_MEMORY = 2**19
 """Keys at a time."""
 BITS = 6
 """Of the hash of an id; they say which file it goes to, where there are more keys than that."""
-KEY = np.dtype([("id", np.uint64), ("all", np.uint64), ("row", np.int64), ("stratum", np.int32), ("drawn", np.bool_)])
-"""Hash of the id, and of all that is stored of a row; its number, below 0 of one that the data set holds; its stratum,
--1 of such a one; whether its split is drawn by itself."""
+KEY = np.dtype(
+    [
+        ("id", np.uint64),  # hash of the id, and of id, class and groups
+        ("all", np.uint64),
+        ("row", np.int64),  # number, below 0 of a row that the data set holds
+        ("stratum", np.int32),  # -1 of such a row
+        ("given", np.int32),  # number of the split that is given, or that the data set has it in; -1 for none
+        ("drawn", np.bool_),  # whether its split is drawn by itself
+    ]
+)
 Keys = np.ndarray
 SPOOLED = 200
 """Bytes that a row takes in the files, about."""
@@ -53,7 +60,9 @@ class Plan:
         self._unit_given: dict[str, tuple[str, str]] = {}
         """Unit -> split that is given for a row of it, and where."""
         self._unit_held = _held_units(held) if held else {}
-        self._given: set[str] = set()
+        self._given: dict[str, int] = {}
+        """Split that is given for some row -> its number, of those that the data set has as there."""
+        self._numbers = {name: number for number, name in enumerate(held.splits)} if held else {}
         try:
             self.listed = self._list()
             self._key_files = self._divide_keys()
@@ -70,7 +79,7 @@ class Plan:
         sizes = self._compare()
         self.known = int(self._left_out.sum()) - len(self._twins)
         """Rows that the data set holds already, just as they are listed; `known_cells` has them by class and groups."""
-        self._shares = splits.shares(self._given)
+        self._shares = splits.shares(set(self._given))
         self._unit_split, self._bounds = self._draw(sizes)
 
     @property
@@ -160,18 +169,19 @@ class Plan:
             yield rows
 
     def _keys_of(self, rows: list[Row], first: int) -> Keys:
-        place, strata = self._splits.place, self._strata
-        keys: list[tuple[int, int, int, int, bool]] = []
+        place, strata, given = self._splits.place, self._strata, self._given
+        keys: list[tuple[int, int, int, int, int, bool]] = []
         for number, row in enumerate(rows, first):
             cell = (row.label, *row.groups)
             stratum = strata.setdefault(cell, len(strata))
             if row.split:
-                self._given.add(row.split)
+                given.setdefault(row.split, self._numbers.get(row.split, len(self._numbers) + len(given)))
                 if row.unit:
                     self._unit_given.setdefault(row.unit, (row.split, f"at {row.where}"))
             elif row.unit:
                 self._units[row.unit][stratum] += 1
-            keys.append((place(row.id), _about(row.id, cell), number, stratum, not (row.split or row.unit)))
+            drawn = not (row.split or row.unit)
+            keys.append((place(row.id), _about(row.id, cell), number, stratum, given.get(row.split, -1), drawn))
         return np.array(keys, KEY)
 
     def _held_keys(self) -> Iterator[Keys]:
@@ -181,11 +191,11 @@ class Plan:
         values, rows = list(held.group_values.values()), len(held.labels)
         for start in range(0, rows, BATCH):
             part = slice(start, start + BATCH)
-            keys: list[tuple[int, int, int, int, bool]] = []
-            about = zip(held.ids[part].to_pylist(), held.labels[part].tolist(), held.groups[part].tolist(), strict=True)
-            for number, (name, label, groups) in enumerate(about, start - rows):
+            keys: list[tuple[int, int, int, int, int, bool]] = []
+            columns = (held.ids[part].to_pylist(), *(c[part].tolist() for c in (held.labels, held.groups, held.split)))
+            for number, (name, label, groups, split) in enumerate(zip(*columns, strict=True), start - rows):
                 cell = (held.classes[label], *(values[a][v] for a, v in enumerate(groups)))
-                keys.append((self._splits.place(name), _about(name, cell), number, -1, False))
+                keys.append((self._splits.place(name), _about(name, cell), number, -1, split, False))
             yield np.array(keys, KEY)
 
     def _keys(self) -> Iterator[Keys]:
@@ -219,7 +229,9 @@ class Plan:
             again = np.flatnonzero(~is_first)
             first = keys[np.maximum.accumulate(np.where(is_first, np.arange(len(keys)), 0))[again]]
             rows = keys["row"][again]
+            given = keys["given"][again]
             known = (first["row"] < 0) & (first["all"] == keys["all"][again])
+            known &= (given < 0) | (given == first["given"])
             self._left_out[rows] = True
             known_rows += np.bincount(keys["stratum"][again][known], minlength=len(known_rows))
             suspects |= dict(zip(rows[~known].tolist(), first["row"][~known].tolist(), strict=True))
@@ -227,7 +239,8 @@ class Plan:
         if suspects:
             self._settle(suspects)
         for cell, rows in zip(self._strata, known_rows.tolist(), strict=True):
-            self.known_cells[cell] += rows
+            if rows:
+                self.known_cells[cell] = rows
         bad = [s for (label, *_), s in self._strata.items() if not self._is_class(label)]
         sizes[:, bad] = 0
         return sizes
@@ -247,6 +260,8 @@ class Plan:
             if earlier.label != row.label:
                 what = f"{row.id!r} is labelled {row.label!r} here and {earlier.label!r} {earlier.where}"
                 fix = "keep one of the two rows"
+            elif first < 0 and row.groups == earlier.groups:
+                what = f"{row.id!r} is of the split {row.split!r} here and of {earlier.split!r} {HELD}"
             elif first < 0:
                 mine, its = (", ".join(groups) for groups in (row.groups, earlier.groups))
                 what = f"{row.id!r} is in the group {mine} here and {its} {HELD}"
@@ -258,7 +273,7 @@ class Plan:
         values = zip(held.group_values.values(), held.groups[number].tolist(), strict=True)
         groups = tuple(names[value] for names, value in values)
         name = held.ids[number + len(held.labels)].as_py()
-        return Row(HELD, name, held.classes[held.labels[number]], groups)
+        return Row(HELD, name, held.classes[held.labels[number]], groups, held.splits[held.split[number]])
 
     def _draw(self, sizes: Ints) -> tuple[dict[str, str], dict[int, list[tuple[int, str]]]]:
         """Split of each unit; and of each stratum, the last hash that goes to each split but the last."""

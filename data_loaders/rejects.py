@@ -5,7 +5,7 @@ import io
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -86,14 +86,19 @@ class Rejections:
                 with chapter.open("rb") as part:
                     shutil.copyfileobj(part, out)
 
-    def refusal(self, allow: float, kept: int, where: Path) -> Refusal | None:
-        """If more than the allowed share was dropped."""
+    def refusal(self, allow: float, kept: int, where: Path, found: Sequence[Uneven] = ()) -> Refusal | None:
+        """If more than the allowed share was dropped; `found` is what would be refused besides."""
         total = kept + self.total
         if not self.total or self.total / total <= allow:
             return None
         enough = math.ceil(self.total / total * 1000) / 1000
         title = f"{self.total:,} of {total:,} rows cannot be used, all listed in {where}"
-        title += f"; rejects.allow={enough:g} would drop them:" if enough < 1 else ":"
+        if enough < 1:
+            most = f"most are of {found[0].attribute} {found[0].value!r}" if found else ""
+            besides = f" with rejects.uneven=allow ({most})" if found else ""
+            title += f"; rejects.allow={enough:g}{besides} would drop them:"
+        else:
+            title += "; is source.root right?" if self._faults[True] and not kept else ":"
         faults = [*self._faults[0], *self._faults[1]]
         return Refusal(title, faults, 65, more=self.total - len(faults))
 

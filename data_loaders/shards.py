@@ -23,12 +23,12 @@ from pydantic import Field, PositiveInt
 from data_loaders import durable
 from data_loaders.decode import PIXEL_CAP, Undecodable
 from data_loaders.examine import Check, Seen, examine
-from data_loaders.faults import Fault
+from data_loaders.faults import Fault, Refusal
 from data_loaders.index import FIELDS, Ints, tail, tail_id
 from data_loaders.manifest import SHARDS, WORK, File
 from data_loaders.recode import Resize
 from data_loaders.settings import Settings, digest
-from data_loaders.sources.rows import Rejected, Row, Source, Unreadable
+from data_loaders.sources.rows import Rejected, Row, Source, Unreachable, Unreadable
 
 BATCH_ROWS = 256
 
@@ -93,9 +93,14 @@ def write_shards(task: Task) -> Done:
 
 
 def rejected(row: Row, wrong: Exception) -> Rejected:
-    """A row whose image cannot be used, and why."""
+    """A row whose image cannot be used, and why. Raises Refusal (75) for one that only cannot be had now, so that an
+    outage drops no image."""
+    if isinstance(wrong, Unreachable):
+        fault = Fault(row.where, f"{row.id!r}: {wrong}", "the same command goes on when it can be had again")
+        raise Refusal("The images cannot be read now:", [fault], 75) from wrong
     reason = os.strerror(wrong.errno).lower() if isinstance(wrong, OSError) and wrong.errno else str(wrong)
-    return Rejected(row, Fault(row.where, f"{row.id!r}: {reason}", "repair or remove the image"))
+    fix = "correct the path" if isinstance(wrong, FileNotFoundError) else "repair, convert or shrink the image"
+    return Rejected(row, Fault(row.where, f"{row.id!r}: {reason}", f"{fix}, or remove the row"))
 
 
 def index_schema(group_names: tuple[str, ...]) -> pa.Schema:

@@ -29,7 +29,7 @@ class Convert(Settings):
 
 
 def run(settings: Convert) -> None:
-    from data_loaders import durable
+    from data_loaders import durable, manifest
     from data_loaders.export.convert import convert
 
     out = durable.lasting(settings.out, "out")
@@ -37,6 +37,9 @@ def run(settings: Convert) -> None:
     for split, paths in files.items():
         print(f"{split}: {paths[0]}" + (f" … {paths[-1].name}" if len(paths) > 1 else ""))
     print(f"converted in {settings.out}, with a card in README.md")
+    columns = ",".join(manifest.read(settings.data, settings.generation).groups)
+    groups = f" source.group_columns=[{columns}]" if columns else ""
+    print(f"to ingest it: python -m jobs.ingest {settings.to.source(settings.out)}{groups} out=…")
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
 """Makes a data set of sharded Arrow files from images that a CSV lists, or that lie in folders of classes, in Parquet
 or Hugging Face files, in WebDataset tars or in a data set of torchvision; or adds those that are new to one."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from data_loaders.audit.duplicates import leaks
 from data_loaders.index import open_index
 from data_loaders.ingest import AHEAD, Ingest, Run, in_processes, ingest
+from data_loaders.manifest import NAME, Manifest
 from data_loaders.shards import Done, Task
 from data_loaders.splits import TRAIN
 from jobs.command import command
@@ -18,17 +20,32 @@ def run(settings: Ingest) -> None:
     made = ingest(settings, on_ray(settings.address) if settings.address else in_processes(settings.workers))
     for split, classes in made.rows.items():
         print(f"{split}: " + ", ".join(f"{count:,} {name}" for name, count in classes.items()))
-    for split, classes in made.rows.items():
-        absent = [name for name, count in classes.items() if not count]
-        if absent:
-            print(f"take care: {split} has no image of {', '.join(absent)}")
-    for split, rows in leaks(open_index(settings.out), TRAIN).items():
-        if rows:
-            print(f"take care: {rows:,} images of {split} are in {TRAIN} too; python -m jobs.audit data={settings.out}")
+    for warning in warnings(settings.out, made):
+        print(f"take care: {warning}")
     print("images: " + ", ".join(f"{count:,} {what}" for what, count in made.images.items()))
     if made.rejected.rows:
         print(f"dropped {made.rejected.rows:,} rows, listed in {settings.out / 'rejected.csv'}")
-    print(f"data set {made.fingerprint}, generation {made.generation}, in {settings.out}")
+    former = made.history[-1].rows if made.history else 0
+    print(f"generation {made.generation} has {made.index.rows:,} rows, {made.index.rows - former:,} of them its own")
+    print(f"data set {made.fingerprint} in {settings.out}")
+
+
+def warnings(out: Path, made: Manifest) -> Iterator[str]:
+    """What is no fault, and yet may not be meant."""
+    for split, classes in made.rows.items():
+        if absent := [name for name, count in classes.items() if not count]:
+            yield f"{split} has no image of {', '.join(absent)}"
+    if "val" not in made.splits:
+        yield "there is no split val, by which jobs.train calibrates; data.validation=… names another one"
+    for name, values in made.groups.items():
+        if alike := [value for value, n in Counter(value.casefold() for value in values).items() if n > 1]:
+            yield f"{name} has values that differ only in case: {', '.join(alike)}"
+    for split, rows in leaks(open_index(out), TRAIN).items():
+        if rows:
+            yield f"{rows:,} images of {split} are in {TRAIN} too; python -m jobs.audit data={out} lists them"
+    for card in (out / "README.md", out / "croissant.json"):
+        if card.exists() and card.stat().st_mtime < (out / NAME).stat().st_mtime:
+            yield f"{card} tells of an older generation; python -m jobs.card data={out} writes it anew"
 
 
 def on_ray(address: str) -> Run:

@@ -35,7 +35,8 @@ def run(settings: Verify) -> None:
     if found.orphans:
         shown = ", ".join(str(path.relative_to(settings.data)) for path in found.orphans[:5])
         more = ", …" if len(found.orphans) > 5 else ""
-        print(f"no generation names {len(found.orphans):,} files; python -m jobs.gc removes them: {shown}{more}")
+        print(f"no generation names {len(found.orphans):,} files: {shown}{more}")
+        print("the ingest that left them goes on from them; or python -m jobs.gc removes them")
     if faults := found.all_faults:
         beside = f"; the verdict is in {out}" if out else "; out=verdict.json lists all rows of damaged shards"
         raise Refusal(f"The data set is damaged{beside if found.damaged else ''}:", faults, 65)

@@ -54,20 +54,19 @@ def claim(config: Config) -> Config:
 
     Refuses a folder that other settings have filled.
     """
-    index = check(config)
-    data = config.data.model_copy(update={"path": config.data.path.resolve()})
-    config = config.model_copy(update={"folder": durable.lasting(config.folder, "folder"), "data": data})
     saved = config.run_folder / "config.yaml"
-    if saved.exists():
-        former = parse(Config, [str(saved)])
-        if former.identity != config.identity:
-            faults = [
-                Fault(path, f"was {before}, now {after}")
-                for path, before, after in differences(former, config)
-                if not path.startswith(("cluster.", "tracking."))
-            ]
-            title = f"{config.run_folder} holds a run with other settings; give another name=…, or remove it:"
-            raise Refusal(title, faults)
+    former = parse(Config, [str(saved)]) if saved.exists() else None
+    config = config.model_copy(update={"data": config.data.pinned(former.data if former else None)})
+    index = check(config)
+    config = config.model_copy(update={"folder": durable.lasting(config.folder, "folder")})
+    if former and former.identity != config.identity:
+        faults = [
+            Fault(path, f"was {before}, now {after}")
+            for path, before, after in differences(former, config)
+            if not path.startswith(("cluster.", "tracking."))
+        ]
+        title = f"{config.run_folder} holds a run with other settings; give another name=…, or remove it:"
+        raise Refusal(title, faults)
     folder, _ = checkpoint.newest(config.run_folder)
     if folder is not None and checkpoint.state_of(folder).identity != identity_of(config, index):
         fix = "give another name=…, or remove the run"
@@ -99,7 +98,7 @@ def introduce(config: Config, index: Index) -> None:
     rows = len(index.rows_of(config.data.train))
     say(
         f"run {config.name} in {config.run_folder}",
-        f"data {index.fingerprint}, {rows:,} training rows, in {config.data.path}",
+        f"data {index.fingerprint}, generation {config.data.generation}, {rows:,} training rows, in {config.data.path}",
         f"settings {config.identity}",
         f"workers {config.cluster.workers} {place}, device {config.cluster.device}",
     )

@@ -106,9 +106,12 @@ class Judge:
 
 def search(tuning: Tuning) -> Winner:
     """Tries, judges on the validation split, and trains the winner anew. The same search goes on where it stopped."""
+    saved = tuning.run_folder / "search.yaml"
+    former = parse_text(Tuning, saved.read_text(), str(saved)) if saved.exists() else None
+    tuning = tuning.model_copy(update={"data": tuning.data.pinned(former.data if former else None)})
     index = check(tuning.training())
     check(tuning.training().model_copy(update={"seed": tuning.seed + 1}))  # the winner's
-    tuning = _claim(tuning, index)
+    tuning = _claim(tuning, former, index)
     base, folder = tuning.training(), tuning.run_folder
     judge = Judge(tuning.search, index.classes, Shape(len(index.cell_names), len(index.classes)))
     introduce(tuning, index)
@@ -295,15 +298,13 @@ class Told(tune.Callback):
             say(f"the best so far is {leader.name} with {self.judge.score(leader.reports[-1]):.4f}")
 
 
-def _claim(tuning: Tuning, index: Index) -> Tuning:
+def _claim(tuning: Tuning, former: Tuning | None, index: Index) -> Tuning:
     """The search with whole paths, saved in its folder; refuses a folder of another search, or other data."""
-    data = tuning.data.model_copy(update={"path": tuning.data.path.resolve()})
     cluster = tuning.cluster.model_copy(update={"address": tuning.cluster.place})  # which a trial's process is not told
-    whole = {"folder": durable.lasting(tuning.folder, "folder"), "data": data, "cluster": cluster, "resume": False}
+    whole = {"folder": durable.lasting(tuning.folder, "folder"), "cluster": cluster, "resume": False}
     resume, tuning = tuning.resume, tuning.model_copy(update=whole)
-    folder, saved = tuning.run_folder, tuning.run_folder / "search.yaml"
-    if saved.exists():
-        former = parse_text(Tuning, saved.read_text(), str(saved))
+    folder = tuning.run_folder
+    if former:
         changed = differences(_fixed(former), _fixed(tuning))
         faults = [Fault(path, f"was {before}, now {after}") for path, before, after in changed]
         if json.loads((folder / "search.json").read_bytes())["data"] != index.fingerprint:
@@ -314,7 +315,7 @@ def _claim(tuning: Tuning, index: Index) -> Tuning:
         fix = "leave out --resume, or give its folder=… and name=…"
         raise Refusal("There is nothing to resume:", [Fault(str(folder), "holds no search", fix)])
     durable.write_json(folder / "search.json", {"data": index.fingerprint})
-    durable.write(saved, dump(tuning))
+    durable.write(folder / "search.yaml", dump(tuning))
     return tuning
 
 

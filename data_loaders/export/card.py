@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from data_loaders import manifest
 from data_loaders.audit.audit import Audit, class_counts, groups
 from data_loaders.audit.duplicates import duplicates
 from data_loaders.audit.summary import findings
@@ -48,7 +49,9 @@ def card(about: About, o: Overview, made: Manifest, index: Index, folder: Path, 
     head = yaml.safe_dump(
         _metadata(about, o) | _hugging_face(o, index, files or {}), sort_keys=False, allow_unicode=True, width=120
     )
-    return f"---\n{head}---\n\n" + "\n".join(_body(about, o, made, imbalances(index, o, folder))) + "\n"
+    return (
+        f"---\n{head}---\n\n" + "\n".join(_body(about, o, _divided(folder, made), imbalances(index, o, folder))) + "\n"
+    )
 
 
 def imbalances(index: Index, o: Overview, folder: Path) -> list[str]:
@@ -124,7 +127,7 @@ def _size_category(n: int) -> str:
     return f"n<{ends[0]}" if place == 0 else f"{ends[place - 1]}<n<{ends[place]}" if place < len(ends) else "n>1T"
 
 
-def _body(about: About, o: Overview, made: Manifest, found: list[str]) -> Iterator[str]:
+def _body(about: About, o: Overview, divided: str, found: list[str]) -> Iterator[str]:
     yield f"# {markdown(about.name)}\n\n{_said(about.description)}\n"
     rows, cells = sum(o.counts.splits.values()), len(o.counts.cells or o.counts.classes)
     yield f"{rows:,} images of {len(o.counts.classes):,} classes; data set `{o.data}`, generation {o.generation}.\n"
@@ -135,7 +138,7 @@ def _body(about: About, o: Overview, made: Manifest, found: list[str]) -> Iterat
         yield f"… and {len(lines) - LINES:,} more.\n" if len(lines) > LINES else ""
     if o.counts.empty:
         yield f"{o.counts.empty:,} classes in groups have no row at all.\n"
-    yield f"## How rows were divided\n\n{_divided(made)}\n"
+    yield f"## How rows were divided\n\n{divided}\n"
     yield f"## Dropped rows\n\n{_dropped(o)}\n"
     yield "## Imbalances that were counted\n"
     yield from (f"- {markdown(line)}" for line in found)
@@ -168,7 +171,15 @@ def _cells(spread: Spread) -> tuple[str, ...]:
     return f"{spread.n:,}", *(f"{value:,.0f}" if spread.n else "–" for value in spread[1:])
 
 
-def _divided(made: Manifest) -> str:
+def _divided(folder: Path, made: Manifest) -> str:
+    """Of each generation, where they differ."""
+    told = {m.generation: _how(m) for m in (*(manifest.read(folder, g.generation) for g in made.history), made)}
+    if len(set(told.values())) == 1:
+        return told[made.generation]
+    return "\n".join(f"- Rows that came with generation {generation}: {how}" for generation, how in told.items())
+
+
+def _how(made: Manifest) -> str:
     """No path is told: those are of the machine that ingested."""
     source, drawn = made.settings["source"], made.settings["splits"]
     if source.get("split_column"):

@@ -41,3 +41,6 @@ class Folder(Target):
                     listed.writerow([path.as_posix(), index.classes[label], split, name, *values])
                     done(1)
         return {split: [Path("images", safe(split))] for split in splits}
+
+    def source(self, out: Path) -> str:
+        return f"source.kind=csv source.path={out / 'labels.csv'} source.split_column=split"

@@ -24,7 +24,7 @@ class HuggingFace(Target):
         names = {split: plain_split(split) for split in splits}
         twice = [s for s, name in names.items() if list(names.values()).count(name) > 1]
         if twice:
-            fix = "convert one of them at a time, with splits=…"
+            fix = "ingest them under other names"
             raise Refusal(
                 "The splits cannot be told apart:", [Fault(s, f"would be called {names[s]}", fix) for s in twice]
             )
@@ -40,3 +40,6 @@ class HuggingFace(Target):
                         done(len(table))
             files[split] = paths
         return files
+
+    def source(self, out: Path) -> str:
+        return f"source.kind=parquet source.path={out / 'data'}"

@@ -26,6 +26,10 @@ class Target(Settings):
     def write(self, index: Index, splits: dict[str, Ints], out: Path, done: Done) -> Files:
         """Writes the rows of each split into an empty folder; each image is checked before. Raises DamagedRow."""
 
+    @abstractmethod
+    def source(self, out: Path) -> str:
+        """The words by which `jobs.ingest` reads the folder, beside its group columns."""
+
 
 @contextmanager
 def publishing(out: Path) -> Iterator[Path]:

@@ -49,6 +49,9 @@ class WebDataset(Target):
         durable.write_json(out / "classes.json", list(index.classes))
         return files
 
+    def source(self, out: Path) -> str:
+        return f"source.kind=webdataset source.path={out} source.label=json:label source.split_column=split"
+
 
 def _about(index: Index, row: int) -> dict[str, str]:
     """Field -> text. A group column has its own name, so `split` gives way to one of that name."""

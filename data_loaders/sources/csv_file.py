@@ -147,12 +147,14 @@ class Csv(Source):
         empty = [name for name in columns if not cell(name)]
         if len(cells) != table.width:
             what = f"{len(cells)} cells under {table.width} columns"
-            return Rejected(row, Fault(where, what, "quote cells that hold a comma"))
+            fix = "quote cells that hold a comma" if len(cells) > table.width else "add the cells that are missing"
+            return Rejected(row, Fault(where, what, fix))
         if empty:
             at = f"{where}:{columns[empty[0]] + 1}"
             return Rejected(row, Fault(at, f"no {' and no '.join(empty)}", "fill the cell"))
         if table.root.id_of(path) is None:
-            what, fix = f"{path!r} is outside of {shown(table.root.place)}", "set source.root to a folder above both"
+            what = f"{path!r} is outside of {shown(table.root.place)}"
+            fix = "move the file there, or set source.root to a folder above all, and write paths relative to it"
             return Rejected(row, Fault(f"{where}:{columns[self.path_column] + 1}", what, fix))
         at = f"{where}:{columns[self.split_column or ''] + 1}"
         return Rejected(row, Fault(at, f"{given!r} cannot name a split", "use at most 40 letters, digits, . _ and -"))

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from typing import Literal
 
 from data_loaders.faults import Fault, Refusal
+from data_loaders.sources.archives import SPLITS
 from data_loaders.sources.places import Place, Root, is_http, is_url, plain, shown, wrong_with
 from data_loaders.sources.rows import IMAGE_SUFFIXES, Read, Rejected, Row, Source, SplitName
-from data_loaders.sources.storage import CANNOT_LIST, image_reader, walk
+from data_loaders.sources.storage import CANNOT_LIST, image_reader, listed, walk
 
 
 class Folder(Source):
@@ -28,7 +29,7 @@ class Folder(Source):
     def rows(self, labelled: bool = True) -> Iterator[Row | Rejected]:
         """Every image file below the folder; without labels when they are only to be predicted."""
         root = str(self.path)
-        self._refuse_if_no_folder(root)
+        self._refuse_if_no_folder(root, labelled)
         for path, entry in walk(root):
             where, name = plain(f"{shown(root).rstrip('/')}/{path}"), plain(path)
             split, label = self._place(name.split("/")) if labelled else ("", "")
@@ -52,12 +53,17 @@ class Folder(Source):
         read = image_reader(Root(str(self.path)))
         yield lambda row: read(row.id)
 
-    def _refuse_if_no_folder(self, root: str) -> None:
+    def _refuse_if_no_folder(self, root: str, labelled: bool) -> None:
         wrong = wrong_with(root) or (CANNOT_LIST if is_http(root) else "")
         if not wrong and not is_url(root) and not os.path.isdir(root):
             wrong = "is not a folder"
+        fix = "give the folder that holds a folder for each class"
+        if not wrong and labelled and not self.splits:
+            names = [e.name for e in listed(root) if e.is_folder and not e.name.startswith(".")]
+            if names and set(names) <= SPLITS.keys():
+                wrong, fix = f"holds {', '.join(names)}, and no classes", f"set source.splits=[{','.join(names)}]"
         if wrong:
-            fault = Fault(plain(shown(root)), wrong, "give the folder that holds a folder for each class")
+            fault = Fault(plain(shown(root)), wrong, fix)
             raise Refusal("There is no folder of images:", [fault], 65)
 
     def _place(self, parts: list[str]) -> tuple[str, str]:

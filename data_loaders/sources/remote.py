@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from data_loaders.faults import Fault, Refusal
 from data_loaders.sources.places import PROTOCOLS, URL, is_http, shown
-from data_loaders.sources.rows import Unreadable
+from data_loaders.sources.rows import Unreachable, Unreadable
 
 TRIES = 3
 PAUSE = 0.25
@@ -185,7 +185,8 @@ def is_folder(place: str) -> bool:
 def patiently(action: Callable[[], T], tries: int = TRIES) -> T:
     """The result of an action, tried again where the server or the way to it failed for now.
 
-    Raises OSError or Unreadable whose text is ours: that of a library may hold the URL with its signature.
+    Raises OSError or Unreadable whose text is ours: that of a library may hold the URL with its signature. Of them,
+    Unreachable says that it may go well another time.
     """
     for attempt in range(tries):
         try:
@@ -195,8 +196,11 @@ def patiently(action: Callable[[], T], tries: int = TRIES) -> T:
         except Exception as error:  # each library has its own
             wrong = error.__cause__ if isinstance(error, FileNotFoundError) else None  # fsspec has it for anything
             wrong = wrong if isinstance(wrong, Exception) else error
-            if attempt + 1 == tries or not _may_pass(wrong):
+            if not _may_pass(wrong):
                 raise _plain(wrong) from None
+            if attempt + 1 == tries:
+                plain = _plain(wrong)
+                raise Unreachable((plain.strerror if isinstance(plain, OSError) else "") or str(plain)) from None
         time.sleep(PAUSE * 2**attempt * (1 + random.random()))
     raise AssertionError("unreachable")
 

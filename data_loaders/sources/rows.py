@@ -54,6 +54,10 @@ class Unreadable(ValueError):
     """An image whose bytes cannot be had; its text is the reason, free of credentials."""
 
 
+class Unreachable(Unreadable):
+    """It may be had another time: nothing is said of the image."""
+
+
 Read = Callable[[Row], bytes]
 """The bytes of a row's image. Raises Unreadable or OSError."""
 

@@ -102,7 +102,7 @@ def walk(folder: str) -> Iterator[tuple[str, Entry]]:
 
     Raises Refusal where a folder cannot be listed.
     """
-    waiting = [("", iter(_listed(folder)))]
+    waiting = [("", iter(listed(folder)))]
     while waiting:
         prefix, found = waiting[-1]
         entry = next(found, None)
@@ -112,12 +112,13 @@ def walk(folder: str) -> Iterator[tuple[str, Entry]]:
             continue
         elif entry.is_folder and not entry.is_link:
             within = f"{prefix}{entry.name}/"
-            waiting.append((within, iter(_listed(f"{folder.rstrip('/')}/{within}"))))
+            waiting.append((within, iter(listed(f"{folder.rstrip('/')}/{within}"))))
         else:
             yield prefix + entry.name, entry
 
 
-def _listed(folder: str) -> list[Entry]:
+def listed(folder: str) -> list[Entry]:
+    """What lies in a folder. Raises Refusal where it cannot be listed."""
     try:
         return entries(folder)
     except (OSError, Unreadable) as wrong:

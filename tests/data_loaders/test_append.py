@@ -148,6 +148,20 @@ def test_a_known_row_that_changed_is_refused_and_the_old_generation_stays(first:
     assert files(first.out).keys() == before.keys()
 
 
+def test_a_known_row_that_is_given_another_split_is_refused(photos: Path, listing_csv: Write, tmp_path: Path):
+    lines = [[*line, split] for line, split in zip(lines_of(photos)[1:], ["train", "train", "val", "val"] * 10, strict=True)]
+    head = ["path", "label", "venue", "patient", "split"]
+    source = Csv(path=listing_csv([head, *lines], "split.csv"), group_columns=("venue",), split_column="split")
+    settings = Ingest(source=source, out=tmp_path / "data", append=True)
+    add(settings)
+    lines[3][4], lines[4][4] = "train", "far"
+    listing_csv([head, *lines], "split.csv")
+    assert [fault.what for fault in refused(settings).faults] == [
+        "'images/03.png' is of the split 'train' here and of 'val' in the data set",
+        "'images/04.png' is of the split 'far' here and of 'train' in the data set",
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [

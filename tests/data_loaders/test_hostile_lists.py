@@ -563,7 +563,8 @@ def test_whatever_a_list_holds_nothing_breaks_hangs_or_leaks_and_each_fault_has_
         "with an image in each line",
         "a pattern that matches nothing": "*.csv: matches no file — give the place of some",
         "a list that is a pipe": "labels.csv: cannot be read: is not a regular file — give the path of a CSV file",
-        "parents": "labels.csv:2:1: '../canary.jpg' is outside of ROOT — set source.root to a folder above both",
+        "parents": "labels.csv:2:1: '../canary.jpg' is outside of ROOT — move the file there, or set source.root to a "
+        "folder above all, and write paths relative to it",
         "a tar cut between members": "a.tar: is cut short at byte 1,536: it does not end as a tar does — "
         "make the tar anew",
         "a tar of links": "a.tar:a.jpg: is a link or a device, no file — put the file itself into the tar",

@@ -212,7 +212,7 @@ def test_every_bad_row_is_listed_in_one_pass_and_nothing_else_is_written(setting
     refusal = refused(settings)
     assert refusal.exit_code == 65
     assert refusal.title.startswith("16 of 40 rows cannot be used")
-    assert "rejects.allow=0.4 would drop them" in refusal.title
+    assert "rejects.allow=0.4 with rejects.uneven=allow (most are of label x venue" in refusal.title
     found = {Path(fault.where).name: fault.what for fault in refusal.faults}
     assert found.keys() == {place for _, place, _ in bad.values()}
     for _, place, reason in bad.values():

@@ -86,6 +86,23 @@ def test_an_ingest_that_would_lose_one_group_is_refused_whatever_share_is_allowe
     assert made.rejected.by_cell == ((("cat", "street"), broken["cat"]), (("dog", "street"), broken["dog"]))
 
 
+def test_one_refusal_names_both_settings_that_would_drop_the_rows(photos: Path, tmp_path: Path):
+    break_all_of(photos, "street")
+    settings = Ingest(source=Csv(path=photos, group_columns=("venue",)), out=tmp_path / "data")
+    with pytest.raises(Refusal, match=r"rejects.allow=0.5 with rejects.uneven=allow \(most are of venue 'street'\)"):
+        ingest(settings, in_processes(1))
+    whole = override(settings, {"rejects.allow": 0.5, "rejects.uneven": "allow"})
+    assert ingest(whole, in_processes(1)).index.rows == 20
+
+
+def test_a_list_of_which_no_image_is_found_is_asked_for_its_root(listing_csv: Write, tmp_path: Path):
+    rows = [("path", "label"), *((f"{i}.png", "ab"[i % 2]) for i in range(20))]
+    settings = Ingest(source=Csv(path=listing_csv(rows)), out=tmp_path / "data")
+    with pytest.raises(Refusal, match=r"20 of 20 rows .*is source.root right\?") as refusal:
+        ingest(settings, in_processes(1))
+    assert {fault.fix for fault in refusal.value.faults} == {"correct the path, or remove the row"}
+
+
 def test_a_million_bad_rows_are_counted_and_only_the_first_are_carried(listing_csv: Write, tmp_path: Path, capfd):
     """A thousand of them, here: enough for the cap."""
     rows = [("path", "label"), *((f"{i}.png", "") for i in range(1, 1500))]

@@ -17,6 +17,7 @@ import pytest
 from webdataset.writer import TarWriter
 
 from data_loaders.faults import Refusal
+from data_loaders.ingest import Ingest, in_processes, ingest
 from data_loaders.sources import remote, storage
 from data_loaders.sources.csv_file import Csv
 from data_loaders.sources.folder import Folder
@@ -125,6 +126,17 @@ def images(source: Source) -> dict[str, bytes | str]:
 
 def listing(server: Server, *names: str, name: str = "labels.csv") -> None:
     (server.folder / name).write_text("path,label\n" + "".join(f"{n},food\n" for n in names))
+
+
+def test_an_outage_ends_an_ingest_and_drops_no_image(server: Server, tmp_path: Path):
+    names = [f"broken/{i}.png" for i in range(3)]
+    listing(server, *names)
+    source = Csv(path=f"{server.url}/labels.csv")
+    settings = Ingest.model_validate({"source": source, "out": tmp_path / "data", "rejects": {"allow": 0.9}})
+    with pytest.raises(Refusal, match="cannot be read now") as refusal:
+        ingest(settings, in_processes(1))
+    assert refusal.value.exit_code == 75
+    assert not (tmp_path / "data/dataset.json").exists()
 
 
 def test_a_list_and_its_images_come_over_http(server: Server):

@@ -64,6 +64,15 @@ def rejected(listing: Listed) -> dict[str, str]:
     return {Path(fault.where).name: fault.what for _, fault in listing.rejected}
 
 
+def test_a_folder_of_splits_is_not_taken_for_one_of_classes(tmp_path: Path, shoot):
+    for split in ("train", "val"):
+        shoot(f"images/{split}/cat/{split}.png")
+    with pytest.raises(Refusal, match=r"holds train, val, and no classes — set source.splits=\[train,val\]"):
+        list(Folder(path=tmp_path / "images").rows())
+    assert len(list(Folder(path=tmp_path / "images", splits=("train", "val")).rows())) == 2
+    assert len(list(Folder(path=tmp_path / "images").rows(labelled=False))) == 2
+
+
 def test_a_row_has_its_place_file_label_groups_and_unit(tmp_path: Path):
     text = "id,path,label,venue,camera,patient\n1,a/b.jpg, food ,home,phone,p1\n"
     (row,) = listed(tmp_path, text, group_columns=("camera", "venue"), split_by="patient").rows

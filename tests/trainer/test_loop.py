@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from small_runs import CPU, config_for, train
 
 from data_loaders import durable
 from data_loaders.faults import Refusal
-from data_loaders.settings import dump, override, parse_text
+from data_loaders.ingest import Ingest, in_processes, ingest
+from data_loaders.settings import dump, override, parse, parse_text
+from data_loaders.sources.csv_file import Csv
 from trainer import checkpoint, run
 from trainer.config import Config
 from trainer.context import Cluster, Local, spawn
@@ -176,6 +179,26 @@ def test_what_a_run_leaves_is_whole_and_says_what_it_was_made_of(dataset, tmp_pa
     assert facts["validation"]["nll_calibrated"] <= facts["validation"]["nll"]
     assert facts["groups"] == {"venue": ["home", "street"], "camera": ["phone", "slr"]}
     assert [row["step"] for row in reports.rows.values()] == [4, 8, 12]
+
+
+def test_a_run_stays_with_the_generation_that_it_began_with(dataset, tmp_path):
+    data = shutil.copytree(dataset, tmp_path / "data")
+    run.train(config_for(data, tmp_path, name="before"))
+    first = parse(Config, [str(tmp_path / "before/config.yaml")])
+    assert first.data.generation == 1
+    head, *lines = (dataset.parent / "labels.csv").read_text().splitlines()
+    for line in lines:
+        name = line.partition(",")[0]
+        shutil.copyfile(dataset.parent / name, tmp_path / f"new-{name}")
+    (tmp_path / "labels.csv").write_text("\n".join([head, *(f"new-{line}" for line in lines)]))
+    source = Csv(path=tmp_path / "labels.csv", group_columns=("venue", "camera"), split_column="split")
+    ingest(Ingest(source=source, out=data, append=True), in_processes(1))
+    assert run.train(config_for(data, tmp_path, name="before")).folder == tmp_path / "before"
+    run.train(override(first, {"name": "again"}))
+    assert weights(tmp_path / "again") == weights(tmp_path / "before")
+    run.train(config_for(data, tmp_path, name="after"))
+    assert parse(Config, [str(tmp_path / "after/config.yaml")]).data.generation == 2
+    assert weights(tmp_path / "after") != weights(tmp_path / "before")
 
 
 def test_a_changed_setting_is_refused_by_name_and_a_changed_cluster_is_not(dataset, tmp_path):
