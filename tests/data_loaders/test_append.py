@@ -149,7 +149,8 @@ def test_a_known_row_that_changed_is_refused_and_the_old_generation_stays(first:
 
 
 def test_a_known_row_that_is_given_another_split_is_refused(photos: Path, listing_csv: Write, tmp_path: Path):
-    lines = [[*line, split] for line, split in zip(lines_of(photos)[1:], ["train", "train", "val", "val"] * 10, strict=True)]
+    splits = ["train", "train", "val", "val"] * 10
+    lines = [[*line, split] for line, split in zip(lines_of(photos)[1:], splits, strict=True)]
     head = ["path", "label", "venue", "patient", "split"]
     source = Csv(path=listing_csv([head, *lines], "split.csv"), group_columns=("venue",), split_column="split")
     settings = Ingest(source=source, out=tmp_path / "data", append=True)
