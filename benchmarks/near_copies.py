@@ -21,10 +21,14 @@ from data_loaders.look import LOOKS_ALIKE, look_of
 
 RANDOM = np.random.default_rng(0)
 AT_ONCE = 512
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+"""In capitals or not."""
 
 
 def main(folder: Path) -> None:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"})
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        sys.exit(f"{folder} has no photograph: no file in it ends in {', '.join(SUFFIXES)}")
     began = time.process_time()
     originals = [seen(path.read_bytes()) for path in paths]
     each = (time.process_time() - began) / len(paths)
@@ -40,7 +44,8 @@ def main(folder: Path) -> None:
     print(f"{'all':22}{'':12}{np.mean(shares):8.1%}")
     looks = np.array([look for _, look in originals], np.uint64)
     parts = list(pairs_within(looks, np.arange(len(looks)), LOOKS_ALIKE))
-    a, b = (np.concatenate([part[side] for part in parts]) for side in (0, 1))
+    none = np.zeros(0, np.int64)
+    a, b = (np.concatenate([none, *(part[side] for part in parts)]) for side in (0, 1))
     like = compared(np.stack([originals[i][0] for i in a]), np.stack([originals[i][0] for i in b])) if len(a) else a
     print(f"among {len(paths):,} photographs {len(a):,} pairs look alike, {(like >= ALIKE).sum():,} of them in detail")
     for i in np.flatnonzero(like >= ALIKE).tolist()[:20]:

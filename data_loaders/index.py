@@ -1,9 +1,13 @@
 """Where every sample lies and what is known of it, as arrays; the only part of a data set that is held in memory."""
 
+import errno
 import hashlib
+import math
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import google_crc32c
@@ -17,6 +21,10 @@ from data_loaders.faults import Fault, Refusal
 from data_loaders.manifest import SHARDS, Manifest
 
 Ints = NDArray[np.int64]
+MOST_CELLS = 2**24
+HANDLES = 128
+"""Open shards of a reader; a data set may have more than a process may open."""
+NOT_OF_THE_DATA = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM}
 
 
 class DamagedRow(Refusal):
@@ -87,9 +95,34 @@ class Index:
             raise Refusal("A split is missing:", [Fault(str(self.folder), f"no split {split!r}", fix)], 65)
         return np.flatnonzero(self.split == self.splits.index(split))
 
+    @cached_property
+    def most_pixels(self) -> int:
+        """Of the largest image."""
+        return int((self.width.astype(np.int64) * self.height).max(initial=0))
+
+    def occurring_cells(self) -> tuple[list[tuple[str, ...]], Ints]:
+        """Values of the group columns in each intersection that has a sample, in order, and each sample's place among
+        them, [N]. Of any number of columns, unlike `cells`."""
+        number, most = np.zeros(len(self.labels), np.int64), 1
+        for column, values in enumerate(self.group_values.values()):
+            number = number * len(values) + self.groups[:, column]
+            most *= len(values)
+            if most > MOST_CELLS:
+                present, number = np.unique(number, return_inverse=True)
+                most = len(present)
+        _, first, place = np.unique(number, return_index=True, return_inverse=True)
+        names = list(self.group_values.values())
+        return [tuple(names[a][v] for a, v in enumerate(row)) for row in self.groups[first].tolist()], place
+
     @property
     def cells(self) -> Ints:
-        """Intersection of all group columns that each sample lies in, [N], a position in `cell_names`."""
+        """Intersection of all group columns that each sample lies in, [N], a position in `cell_names`.
+
+        Raises Refusal where there are too many to count each of them.
+        """
+        if (count := math.prod(map(len, self.group_values.values()))) > MOST_CELLS:
+            what = f"{len(self.group_values)} group columns have {count:,} intersections"
+            raise Refusal("The groups are too many:", [Fault(str(self.folder), what, "ingest fewer group columns")], 65)
         cell = np.zeros(len(self.labels), np.int64)
         for column, values in enumerate(self.group_values.values()):
             cell = cell * len(values) + self.groups[:, column]
@@ -173,13 +206,12 @@ class Reader:
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self._handles: dict[int, int] = {}
-        keys = index.cells * len(index.classes) + index.labels
-        _, first, self._tail = np.unique(keys, return_index=True, return_inverse=True)
-        values = list(index.group_values.values())
-        labels, groups = index.labels[first].tolist(), index.groups[first].tolist()
-        texts = ((names[value] for names, value in zip(values, row, strict=True)) for row in groups)
-        self._tails = [tail(label, *row) for label, row in zip(labels, texts, strict=True)]
+        self._handles: dict[int, _Handle] = {}
+        self._opening = Lock()
+        names, cell = index.occurring_cells()
+        keys, self._tail = np.unique(cell * len(index.classes) + index.labels, return_inverse=True)
+        cells, labels = np.divmod(keys, len(index.classes))
+        self._tails = [tail(k, *names[c]) for k, c in zip(labels.tolist(), cells.tolist(), strict=True)]
         ids = pa.concat_arrays([pa.array([], pa.large_string()), *index.ids.cast(pa.large_string()).chunks])
         _, ends, text = ids.buffers()
         self._id_ends, self._ids = memoryview(ends).cast("q"), text.to_pybytes() if text else b""
@@ -188,9 +220,12 @@ class Reader:
         """The image file of a row, after its checksum agrees."""
         i, shard = self.index, int(self.index.shard[row])
         try:
-            content = os.pread(self._handle(shard), int(i.length[row]), int(i.offset[row]))
+            handle = self._handles.get(shard) or self._open(shard)
+            content = os.pread(handle.number, int(i.length[row]), int(i.offset[row]))
             what = "is not as it was written"
         except OSError as wrong:
+            if wrong.errno in NOT_OF_THE_DATA:
+                raise
             content, what = b"", f"cannot be read: {os.strerror(wrong.errno or 0).lower()}"
         if not self.agrees(row, content):
             where = i.folder / SHARDS / i.shards[shard]
@@ -204,17 +239,29 @@ class Reader:
         id_ = self._ids[self._id_ends[row] : self._id_ends[row + 1]]
         return checksum(content, self._tails[self._tail[row]] + id_ + b"\0") == self.index.crc32c[row]
 
-    def _handle(self, shard: int) -> int:
-        if shard not in self._handles:
-            path = self.index.folder / SHARDS / self.index.shards[shard]
-            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # nobody waits for a pipe
-            if self._handles.setdefault(shard, handle) != handle:
-                os.close(handle)  # another thread was faster
-        return self._handles[shard]
+    def _open(self, shard: int) -> "_Handle":
+        with self._opening:
+            if shard not in self._handles:
+                if len(self._handles) >= HANDLES:
+                    del self._handles[next(iter(self._handles))]  # a thread that reads from it holds it still
+                self._handles[shard] = _Handle(self.index.folder / SHARDS / self.index.shards[shard])
+            return self._handles[shard]
 
     def close(self) -> None:
-        while self._handles:
-            os.close(self._handles.popitem()[1])
+        with self._opening:
+            self._handles.clear()
+
+
+class _Handle:
+    """An open file, which is closed when nobody holds it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # nobody waits for a pipe
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
 
 
 def tail(label: int, *groups: str) -> bytes:

@@ -9,6 +9,7 @@ import shutil
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -91,6 +92,9 @@ def in_processes(workers: int) -> Run:
                         yield ahead.popleft().result()
                 while ahead:
                     yield ahead.popleft().result()
+            except BrokenProcessPool as wrong:
+                fault = Fault("workers", "a process was killed", "give fewer workers=… if memory is short")
+                raise Refusal("The ingest was cut short; the same command goes on:", [fault], 75) from wrong
             finally:
                 for future in ahead:
                     future.cancel()
@@ -158,11 +162,17 @@ def _held(settings: Ingest, former: Manifest | None) -> Index | None:
     elif settings.classes not in {(), former.classes}:
         what, fix = f"has the classes {', '.join(former.classes)}", "leave `classes` out, or ingest all anew"
         faults += [Fault(str(out), what, fix)]
-    elif getattr(source, "split_by", None) and not index.unit.all():
-        faults += [Fault(str(out), "was not divided by units", "leave source.split_by out, or ingest all anew")]
+    elif _unit(source) != former.unit:
+        what = f"was divided by {former.unit!r}" if former.unit else "was not divided by units"
+        fix = f"set source.split_by={former.unit}" if former.unit else "leave source.split_by out"
+        faults += [Fault(str(out), what, f"{fix}, or ingest all anew")]
     if faults:
         raise Refusal("Nothing was written:", faults, 73)
     return index
+
+
+def _unit(source: AnySource) -> str:
+    return getattr(source, "split_by", None) or ""
 
 
 def _tasks(settings: Ingest, plan: Plan, generation: int) -> Iterator[Task]:
@@ -287,6 +297,7 @@ def _publish(
         classes=plan.classes,
         groups=groups,
         splits=splits,
+        unit=_unit(settings.source),
         index=_write_index(settings.out, generation, dones, groups, splits, held),
         shards=shards,
         rows=rows,

@@ -10,21 +10,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import PositiveInt
 
 from data_loaders import manifest
 from data_loaders.augment import AnyAugmentation, Standard, centred, rng
 from data_loaders.decode import Pixels, Undecodable, decode
-from data_loaders.index import Index, Ints, Reader, open_index
+from data_loaders.faults import Fault
+from data_loaders.formats.header import PIXEL_CAP
+from data_loaders.index import DamagedRow, Index, Ints, Reader, open_index
+from data_loaders.manifest import SHARDS
 from data_loaders.sampler import AnySampler, Sampler, Stratified
 from data_loaders.settings import Settings
 from data_loaders.shards import rejected
 from data_loaders.sources.rows import Rejected, Row, Source, Unreadable
 from data_loaders.splits import TRAIN
+
+T = TypeVar("T")
 
 
 class Data(Settings):
@@ -77,6 +83,43 @@ class Batch(NamedTuple):
     """[B]"""
 
 
+def picture(reader: Reader, row: int) -> Pixels:
+    """The upright image of a row. Raises DamagedRow."""
+    return made_of(reader, row, decode)
+
+
+def made_of(reader: Reader, row: int, work: Callable[[bytes, int], T]) -> T:
+    """What `work` makes of the image file of a row and of the most pixels that it may have: the ingest may have had a
+    higher cap than the usual one. Raises DamagedRow, also where `work` raises Undecodable."""
+    content, index = reader.read(row), reader.index
+    try:
+        return work(content, max(PIXEL_CAP, index.most_pixels))
+    except Undecodable as wrong:
+        short = isinstance(wrong.__cause__, MemoryError)
+        fix = "give it more memory, or fewer threads" if short else "ingest again with shards.check=decode"
+        where = index.folder / SHARDS / index.shards[index.shard[row]]
+        fault = Fault(str(where), f"row {row} ({index.ids[row]}) {wrong}", fix)
+        raise DamagedRow("An image cannot be decoded:", [fault], 65) from wrong
+
+
+def ids_of(index: Index, rows: Ints) -> pa.Array:
+    """Ids of rows, [N], in their order; `large_string` only where they have more than 2 GiB of text.
+
+    Each chunk by itself: Arrow's own `take` joins all of them first, and its string has no room for more than that.
+    """
+    order = np.argsort(rows, kind="stable")
+    back = np.empty(len(rows), np.int64)
+    back[order] = np.arange(len(rows))
+    parts, start, done = [pa.array([], pa.large_string())], 0, 0
+    for chunk in index.ids.chunks:
+        stop = int(np.searchsorted(rows, start + len(chunk), sorter=order))
+        if stop > done:
+            parts.append(chunk.take(pa.array(rows[order[done:stop]] - start)).cast(pa.large_string()))
+        start, done = start + len(chunk), stop
+    found = pa.concat_arrays(parts).take(pa.array(back))
+    return found.cast(pa.string()) if found.nbytes < 2**31 else found
+
+
 def share(batch: int, rank: int, workers: int) -> tuple[int, int]:
     """First and past-the-last place of a rank's part of a batch; parts are contiguous and differ by one at most."""
     return batch * rank // workers, batch * (rank + 1) // workers
@@ -89,8 +132,8 @@ def training_batches(
     start, stop = share(data.batch, rank, workers)
     positions = (step * data.batch + np.arange(start, stop) for step in steps)
 
-    def load(read: Callable[[int], bytes], row: int, position: int) -> Pixels:
-        return data.augmentation(decode(read(row)), data.size, rng(seed, position))
+    def load(reader: Reader, row: int, position: int) -> Pixels:
+        return data.augmentation(picture(reader, row), data.size, rng(seed, position))
 
     return _batches(index, data, ((sampler.rows(p), p, stop - start) for p in positions), load)
 
@@ -104,8 +147,8 @@ def exact_batches(index: Index, data: Data, rows: Ints, rank: int = 0, workers: 
     starts = range(rank * data.batch, len(rows), workers * data.batch)
     parts = (rows[start : start + data.batch] for start in starts)
 
-    def load(read: Callable[[int], bytes], row: int, _: int) -> Pixels:
-        return centred(decode(read(row)), data.size)
+    def load(reader: Reader, row: int, _: int) -> Pixels:
+        return centred(picture(reader, row), data.size)
 
     return _batches(index, data, ((part, part, data.batch) for part in parts), load)
 
@@ -114,14 +157,14 @@ def _batches(
     index: Index,
     data: Data,
     plan: Iterator[tuple[Ints, Ints, int]],
-    load: Callable[[Callable[[int], bytes], int, int], Pixels],
+    load: Callable[[Reader, int, int], Pixels],
 ) -> Generator[Batch]:
     """For each (rows, key of each row, places to fill), the batch; `load` makes an image of a reader, row and key."""
     cells = index.cells
     with closing(Reader(index)) as reader, ThreadPoolExecutor(data.threads, "loader") as pool:
 
         def fill(images: NDArray[np.uint8], place: int, row: int, key: int) -> None:
-            images[place] = load(reader.read, row, key).transpose(2, 0, 1)
+            images[place] = load(reader, row, key).transpose(2, 0, 1)
 
         def start(rows: Ints, keys: Ints, places: int) -> tuple[list[Future[None]], Batch]:
             images = np.zeros((places, 3, data.size, data.size), np.uint8)

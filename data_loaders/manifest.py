@@ -80,6 +80,8 @@ class Manifest(Part):
     groups: dict[str, tuple[str, ...]]
     """Group column -> its values in the order of their numbers; a later generation may add some at the end."""
     splits: tuple[str, ...]
+    unit: str = ""
+    """What is never divided between splits; empty where each row is alone."""
     index: File
     shards: tuple[File, ...]
     rows: dict[str, dict[str, NonNegativeInt]]

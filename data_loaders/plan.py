@@ -17,7 +17,7 @@ import pyarrow.ipc
 from numpy.typing import NDArray
 
 from data_loaders import durable
-from data_loaders.faults import Fault
+from data_loaders.faults import Fault, Refusal
 from data_loaders.index import Index, Ints
 from data_loaders.progress import Progress
 from data_loaders.rejects import Cell, Rejections
@@ -41,6 +41,8 @@ KEY = np.dtype(
     ]
 )
 Keys = np.ndarray
+STRATA = 2**17
+"""Most of them: beyond, a column of ids was probably taken for one of labels or groups."""
 SPOOLED = 200
 """Bytes that a row takes in the files, about."""
 HELD = "in the data set"
@@ -66,6 +68,10 @@ class Plan:
         try:
             self.listed = self._list()
             self._key_files = self._divide_keys()
+        except Refusal as refusal:
+            self.rejections.close()
+            faults = [*refusal.faults, *self.rejections.faults]
+            raise Refusal(refusal.title, faults, refusal.exit_code, self.rejections.unnamed) from None
         except BaseException:
             self.rejections.close()
             raise
@@ -117,6 +123,10 @@ class Plan:
                     key_file.write(keys.tobytes())
                 for rows in self._batches_of_source():
                     keys = self._keys_of(rows, listed)
+                    if len(self._strata) > STRATA:
+                        what = f"there are more than {STRATA:,} classes in groups"
+                        fix = "is source.label_column right? Are source.group_columns groups?"
+                        raise Refusal("The rows cannot be divided:", [Fault("source", what, fix)], 65)
                     columns = zip(*((*r[:3], *r.groups, r.split, r.unit, *r.place) for r in rows), strict=True)
                     arrays = [pa.array(c, kind) for c, kind in zip(columns, schema.types, strict=True)]
                     batch = pa.record_batch(arrays, schema=schema)
@@ -322,7 +332,7 @@ class Plan:
         if "\0" in "".join((row.id, row.label, *row.groups)):
             return Fault(row.where, "a NUL stands in its id, label or groups", "remove it")
         usual = self._spelling.get(_folded(row.label), row.label)
-        if usual != row.label:
+        if usual != row.label and not self._is_class(row.label):
             what = f"label {row.label!r} differs from {usual!r} only in case or spaces"
             return Fault(row.where, what, "write both alike")
         split, where = self._unit_given.get(row.unit, (row.split, ""))

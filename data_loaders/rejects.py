@@ -23,6 +23,8 @@ COLUMNS = ["where", "reason", "fix", "id", "label"]
 NONE = "(none)"
 LEVEL = 0.01
 DRAWS = 9_999
+AT_ONCE = 2**20
+"""Counts that are drawn at a time."""
 Cell = tuple[str, ...]
 """Class, and the value of each group column."""
 
@@ -63,6 +65,16 @@ class Rejections:
     def total(self) -> int:
         return self.cells.total()
 
+    @property
+    def faults(self) -> list[Fault]:
+        """The first ones."""
+        return [*self._faults[0], *self._faults[1]]
+
+    @property
+    def unnamed(self) -> int:
+        """How many faults there are beside those."""
+        return self.total - len(self.faults)
+
     def add(self, rejected: Rejected, image: bool = False) -> None:
         """`image`: it was its image that could not be used. Those are listed behind the others, so that the list does
         not depend on how far workers are."""
@@ -99,8 +111,7 @@ class Rejections:
             title += f"; rejects.allow={enough:g}{besides} would drop them:"
         else:
             title += "; is source.root right?" if self._faults[True] and not kept else ":"
-        faults = [*self._faults[0], *self._faults[1]]
-        return Refusal(title, faults, 65, more=self.total - len(faults))
+        return Refusal(title, self.faults, 65, self.unnamed)
 
     def dropped(self) -> Dropped:
         """The counts for the manifest."""
@@ -159,8 +170,12 @@ def _spread(attribute: str, values: list[str], dropped: list[int], rows: list[in
     if len(values) < 2 or not lost.any():
         return Uneven(attribute, 1.0, "", 0, 0)
     expected = lost.sum() * size / size.sum()
-    drawn = np.random.default_rng(0).multivariate_hypergeometric(size, lost.sum(), DRAWS, method="marginals")
-    chi2, null = (((counts - expected) ** 2 / expected).sum(-1) for counts in (lost, drawn))
-    p = (1 + np.count_nonzero(null >= chi2 * (1 - 1e-9))) / (1 + DRAWS)
+    chi2 = ((lost - expected) ** 2 / expected).sum() * (1 - 1e-9)
+    random, at_once, as_far = np.random.default_rng(0), max(1, AT_ONCE // len(size)), 0
+    for start in range(0, DRAWS, at_once):
+        some = min(at_once, DRAWS - start)
+        drawn = random.multivariate_hypergeometric(size, lost.sum(), some, method="marginals")
+        as_far += np.count_nonzero(((drawn - expected) ** 2 / expected).sum(-1) >= chi2)
+    p = (1 + as_far) / (1 + DRAWS)
     worst = int(((lost - expected) / np.sqrt(expected)).argmax())
     return Uneven(attribute, float(p), values[worst], dropped[worst], rows[worst])

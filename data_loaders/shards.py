@@ -144,6 +144,7 @@ class _Open:
 
 
 def _write(task: Task) -> Done:
+    files = _files(task)
     done, tables = Done(task.part, task.split, []), list[pa.Table]()
     capacity = task.shards.megabytes * 10**6
     current = _Open(min(capacity * 5 // 4, len(task.rows) * 2**17))
@@ -167,7 +168,7 @@ def _write(task: Task) -> Done:
             if current.bytes >= capacity:
                 close()
     close()
-    about = {"shards": [shard.model_dump() for shard in done.shards], "images": done.images}
+    about = {"shards": [shard.model_dump() for shard in done.shards], "images": done.images, "files": files}
     part = pa.concat_tables(tables) if tables else index_schema(task.group_names).empty_table()
     with durable.writing(task.part) as aside:
         part = part.replace_schema_metadata({"done": json.dumps(about)})
@@ -177,16 +178,30 @@ def _write(task: Task) -> Done:
 
 
 def _finished(task: Task) -> Done | None:
-    """What a killed run made of the same task. One that dropped rows is done again: the images may be repaired."""
+    """What a killed run made of the same task, if no file of this machine that it read has changed since. One that
+    dropped rows is done again: the images may be repaired."""
     with suppress(OSError, ValueError, KeyError, pa.ArrowException):
         with pa.ipc.open_file(task.part) as reader:
             about = json.loads(reader.schema.metadata[b"done"])
             rows = sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
         shards = [File.model_validate(shard) for shard in about["shards"]]
         sizes = [(task.folder / SHARDS / shard.name).stat().st_size for shard in shards]
-        if rows == len(task.rows) and sizes == [shard.bytes for shard in shards]:
+        is_whole = rows == len(task.rows) and sizes == [shard.bytes for shard in shards]
+        if is_whole and about["files"] == _files(task):
             return Done(task.part, task.split, shards, images=Counter(about["images"]))
     return None
+
+
+def _files(task: Task) -> str:
+    """Hash of the sizes and times of the files that hold the images, as far as they lie on this machine."""
+    stamps, known = hashlib.sha256(), dict[str | None, bytes]()
+    for row in task.rows:
+        path = task.source.file_of(row)
+        if path not in known:
+            info = os.stat(path) if path is not None and os.path.exists(path) else None
+            known = {path: f"{info.st_size} {info.st_mtime_ns} {info.st_ino}\0".encode() if info else b"\0"}
+        stamps.update(known[path])
+    return stamps.hexdigest()
 
 
 def _image(shards: Shards, read: Callable[[Row], bytes], row: Row) -> tuple[bytes, Seen]:

@@ -11,9 +11,9 @@ import torch.distributed
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from data_loaders.decode import Undecodable, decode
 from data_loaders.faults import Fault, Refusal
-from data_loaders.index import DamagedRow, Ints, Reader, open_index
+from data_loaders.index import Ints, Reader, open_index
+from data_loaders.loader import ids_of, picture
 from data_loaders.sampler import Stratified
 
 AT_ONCE = 2**16
@@ -71,7 +71,7 @@ class ShardDataset(Dataset[tuple[Any, ...]]):
     @cached_property
     def samples(self) -> list[tuple[str, int]]:
         """Id and class of each item, [N]; what is a path in ImageFolder is an id here, there is no such file."""
-        return list(zip(self.index.ids.take(self.rows).to_pylist(), self.targets, strict=True))
+        return list(zip(ids_of(self.index, self.rows).to_pylist(), self.targets, strict=True))
 
     @property
     def imgs(self) -> list[tuple[str, int]]:
@@ -88,13 +88,7 @@ class ShardDataset(Dataset[tuple[Any, ...]]):
 
     def __getitem__(self, item: int) -> tuple[Any, ...]:
         row = int(self.rows[item])
-        try:
-            image: Any = Image.fromarray(decode(self._reader.read(row)))
-        except Undecodable as wrong:
-            fault = Fault(
-                self.root, f"row {row} ({self.index.ids[row]}) {wrong}", "ingest again with shards.check=decode"
-            )
-            raise DamagedRow("An image cannot be decoded:", [fault], 65) from wrong
+        image: Any = Image.fromarray(picture(self._reader, row))
         target: Any = int(self._targets[item])
         image = self.transform(image) if self.transform else image
         target = self.target_transform(target) if self.target_transform else target

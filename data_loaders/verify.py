@@ -18,6 +18,7 @@ import pyarrow.ipc
 from data_loaders import manifest as manifests
 from data_loaders.faults import Fault, Refusal
 from data_loaders.index import Index, Ints, Reader, index_of
+from data_loaders.loader import ids_of
 from data_loaders.manifest import GENERATIONS, NAME, SHARDS, File, Manifest
 from data_loaders.progress import Progress
 
@@ -239,7 +240,7 @@ def _said(table: pa.Table, start: int) -> dict[str, list[Any]]:
 
 def _expected(index: Index, rows: Ints) -> dict[str, list[Any]]:
     """The same, as the index has it."""
-    ids = index.ids.take(pa.array(rows)).to_pylist()
+    ids = ids_of(index, rows).to_pylist()
     expected: dict[str, list[Any]] = {"id": ids, "image.path": ids, "label": index.labels[rows].tolist()}
     for a, (name, values) in enumerate(index.group_values.items()):
         expected[name] = [values[value] for value in index.groups[rows, a].tolist()]

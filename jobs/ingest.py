@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from data_loaders.audit.duplicates import leaks
+from data_loaders.faults import Fault, Refusal
 from data_loaders.index import open_index
 from data_loaders.ingest import AHEAD, Ingest, Run, in_processes, ingest
 from data_loaders.manifest import NAME, Manifest
@@ -53,7 +54,11 @@ def on_ray(address: str) -> Run:
     import ray
 
     def run(work: Callable[[Task], Done], tasks: Iterable[Task]) -> Iterator[Done]:
-        ray.init(address, ignore_reinit_error=True, log_to_driver=False)
+        try:
+            ray.init(address, ignore_reinit_error=True, log_to_driver=False)
+        except ConnectionError as wrong:
+            fault = Fault("address", f"no Ray cluster answers at {address!r}", "start one, or leave it out")
+            raise Refusal("The ingest cannot begin:", [fault], 75) from wrong
         remote, ahead = ray.remote(work), deque[ray.ObjectRef]()
         for task in tasks:
             ahead.append(remote.remote(task))

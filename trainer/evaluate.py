@@ -16,7 +16,7 @@ from torch import nn
 
 from data_loaders import durable
 from data_loaders.index import Index
-from data_loaders.loader import Data, exact_batches
+from data_loaders.loader import Data, exact_batches, ids_of
 from data_loaders.progress import Progress
 from trainer.context import Context
 from trainer.decision.ledger import Ledger, log_softmax
@@ -94,7 +94,7 @@ def evaluate(model: nn.Module, ledger: Ledger, index: Index, data: Data, split: 
 
 def _predictions(index: Index, rows: Ints, logits: Floats, views: dict[str, View]) -> pa.Table:
     names = np.array(index.classes)
-    columns: dict[str, Any] = {"id": index.ids.take(pa.array(rows)), "row": rows, "label": names[index.labels[rows]]}
+    columns: dict[str, Any] = {"id": ids_of(index, rows), "row": rows, "label": names[index.labels[rows]]}
     for a, (column, values) in enumerate(index.group_values.items()):
         columns[f"group.{column}"] = np.array(values)[index.groups[rows, a]]
     columns |= {f"logit.{name}": logits[:, k] for k, name in enumerate(index.classes)}

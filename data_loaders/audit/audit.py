@@ -148,7 +148,7 @@ def groups(index: Index, split: str) -> list[Group]:
 def properties(index: Index, rows: Ints) -> list[Shown]:
     """Each of the PROPERTIES against the label of these rows."""
     values = np.array(of_images(index, rows, measure, "measure"))
-    found = contrasts(values, index.labels[rows], index.cells[rows])
+    found = contrasts(values, index.labels[rows], index.occurring_cells()[1][rows])
     adjusted: Floats = holm(np.array([contrast.p for contrast in found]))
     names = [index.classes[contrast.label] if contrast.label >= 0 else "" for contrast in found]
     return [Shown(*line) for line in zip(PROPERTIES, names, found, adjusted.tolist(), strict=True)]
@@ -174,4 +174,5 @@ def _groupings(index: Index) -> Iterator[tuple[str, list[str], Ints]]:
     for a, (column, values) in enumerate(index.group_values.items()):
         yield column, list(values), index.groups[:, a]
     if len(index.group_values) > 1:
-        yield " x ".join(index.group_values), [", ".join(names) for names in index.cell_names], index.cells
+        cells, cell = index.occurring_cells()
+        yield " x ".join(index.group_values), [", ".join(names) for names in cells], cell

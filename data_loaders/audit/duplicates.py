@@ -7,7 +7,6 @@ alike are read, and their details compared.
 
 import hashlib
 from collections import defaultdict
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,6 @@ from data_loaders.audit.likeness import ALIKE, likeness
 from data_loaders.audit.looks import pairs_within, reach
 from data_loaders.audit.reading import of_images
 from data_loaders.examine import small_grey
-from data_loaders.formats.header import PIXEL_CAP
 from data_loaders.formats.read import read_header
 from data_loaders.index import Index, Ints
 
@@ -160,10 +158,7 @@ def _nearest(look: NDArray[np.uint64], split: Ints, bits: int) -> tuple[Ints, In
 def _likeness(index: Index, left: Ints, right: Ints) -> NDArray[np.float64]:
     """Of both rows of each pair; each image is read once."""
     rows, place = np.unique(np.concatenate([left, right]), return_inverse=True)
-    cap = max(
-        PIXEL_CAP, int((index.width.astype(np.int64) * index.height).max(initial=0))
-    )  # ingest may have had a higher one
-    pictures = of_images(index, rows, partial(_small, pixel_cap=cap), "compare")
+    pictures = of_images(index, rows, _small, "compare")
     a, b = place[: len(left)], place[len(left) :]
     found = [np.zeros(0)]
     for start in range(0, len(left), AT_ONCE):
@@ -203,7 +198,7 @@ def _copy(index: Index, row: int) -> Copy:
     return Copy(index.ids[row].as_py(), index.splits[index.split[row]], index.classes[index.labels[row]])
 
 
-def _digest(content: bytes) -> bytes:
+def _digest(content: bytes, _: int) -> bytes:
     return hashlib.sha256(content).digest()
 
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from data_loaders.audit.associations import Floats
 from data_loaders.decode import Pixels, decode
+from data_loaders.formats.header import PIXEL_CAP
 
 LONGEST = 64
 """Longest side that is measured, in pixels; larger images are averaged down."""
@@ -43,9 +44,9 @@ PROPERTIES = (
 )
 
 
-def measure(content: bytes) -> Floats:
-    """The PROPERTIES of an image file, [P]."""
-    pixels = decode(content)
+def measure(content: bytes, pixel_cap: int = PIXEL_CAP) -> Floats:
+    """The PROPERTIES of an image file, [P]. Raises Undecodable."""
+    pixels = decode(content, pixel_cap)
     height, width = pixels.shape[:2]
     small = reduced(pixels).astype(np.float32)
     edge = border(*small.shape[:2])

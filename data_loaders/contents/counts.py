@@ -1,5 +1,6 @@
 """How many rows of each class and group every split has, the worst first."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -49,14 +50,15 @@ def counts(index: Index, first: str) -> Counts:
     }
     cells, empty = list[Line](), 0
     if groups:
-        names = index.cell_names
-        every = index.labels * len(names) + index.cells
-        there = (
-            np.arange(len(index.classes) * len(names)) if len(index.classes) * len(names) <= DENSE else np.unique(every)
-        )
+        possible = len(index.classes) * math.prod(map(len, index.group_values.values()))
+        dense = possible <= DENSE
+        names, cell = (index.cell_names, index.cells) if dense else index.occurring_cells()
+        every = index.labels * len(names) + cell
+        occurring = np.unique(every)
+        there = np.arange(possible) if dense else occurring
         labelled = [(index.classes[c // len(names)], *names[c % len(names)]) for c in there.tolist()]
         cells = lines(labelled, np.searchsorted(there, every))
-        empty = len(index.classes) * len(names) - len(np.unique(every))
+        empty = possible - len(occurring)
     classes = lines([(name,) for name in index.classes], index.labels)
     return Counts({split: len(part) for split, part in rows.items()}, classes, groups, cells, empty)
 

@@ -17,8 +17,8 @@ from data_loaders.augment import rng
 from data_loaders.contents.counts import Line, tables
 from data_loaders.contents.overview import Overview
 from data_loaders.contents.text import text
-from data_loaders.decode import decode
 from data_loaders.index import Index, Ints, Reader
+from data_loaders.loader import picture
 
 HERE = Path(__file__).parent
 SIDE = 112
@@ -84,7 +84,7 @@ def _rows(index: Index, line: Line) -> Ints:
 
 
 def _picture(index: Index, reader: Reader, row: int) -> Picture:
-    image = Image.fromarray(decode(reader.read(row)))
+    image = Image.fromarray(picture(reader, row))
     image.thumbnail((SIDE, SIDE))
     with io.BytesIO() as file:
         image.save(file, "JPEG" if image.width * image.height > 1024 else "PNG", quality=85)

@@ -11,8 +11,9 @@ from PIL import Image
 
 from data_loaders.audit.reading import AT_ONCE, THREADS
 from data_loaders.augment import centred
-from data_loaders.decode import decode
+from data_loaders.decode import Pixels
 from data_loaders.index import Index, Ints, Reader
+from data_loaders.loader import picture
 from data_loaders.progress import Progress
 
 
@@ -41,7 +42,7 @@ def channels(index: Index, rows: Ints, size: int | None = None) -> list[Channels
     with closing(Reader(index)) as reader, ThreadPoolExecutor(THREADS, "pixels") as pool:
         for start in range(0, len(rows), AT_ONCE):
             part = rows[start : start + AT_ONCE]
-            histograms = pool.map(lambda row: _histogram(reader.read(row), size), part.tolist())
+            histograms = pool.map(lambda row: _histogram(picture(reader, row), size), part.tolist())
             for label, histogram in zip(index.labels[part].tolist(), histograms, strict=True):
                 found[label] += histogram
             done += len(part)
@@ -55,9 +56,8 @@ def _by_class(index: Index, images: Ints, found: Ints) -> Iterator[Channels]:
             yield Channels(name, count, *_moments(histogram))
 
 
-def _histogram(content: bytes, size: int | None) -> Ints:
+def _histogram(pixels: Pixels, size: int | None) -> Ints:
     """Pixels of each value of each channel, [3, 256]."""
-    pixels = decode(content)
     image = Image.fromarray(pixels if size is None else centred(pixels, size))
     return np.array(image.histogram(), np.int64).reshape(3, 256)
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +44,21 @@ TOLD = {
 """Heading -> field of About."""
 
 
-def card(about: About, o: Overview, made: Manifest, index: Index, folder: Path, files: Files | None = None) -> str:
-    """`folder` is that of the data set, for its audit. `files`, of Arrow or Parquet, are those that Hugging Face is to
-    read, below the README."""
+def card(about: About, o: Overview, made: Manifest, index: Index, found: list[str], files: Files | None = None) -> str:
+    """`found` says which imbalances were counted. `files`, of Arrow or Parquet, are those that Hugging Face is to read,
+    below the README."""
     head = yaml.safe_dump(
         _metadata(about, o) | _hugging_face(o, index, files or {}), sort_keys=False, allow_unicode=True, width=120
     )
-    return (
-        f"---\n{head}---\n\n" + "\n".join(_body(about, o, _divided(folder, made), imbalances(index, o, folder))) + "\n"
-    )
+    return f"---\n{head}---\n\n" + "\n".join(_body(about, o, _divided(index.folder, made), found)) + "\n"
 
 
-def imbalances(index: Index, o: Overview, folder: Path) -> list[str]:
+def imbalances(index: Index, o: Overview) -> list[str]:
     """What can be told from chance, in words: of an audit of this very data if there is one, else from the index."""
-    path = folder / "audit.json"
-    tree = json.loads(path.read_bytes()) if path.exists() else {}
-    if tree.get("data") == index.fingerprint:
-        return [str(finding) for finding in tree["findings"]]
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not one of ours
+        tree = json.loads(manifest.content_of(index.folder / "audit.json", manifest.SIZE_CAP))
+        if tree["data"] == index.fingerprint:
+            return [str(finding) for finding in tree["findings"]]
     found = Audit(
         data=index.fingerprint,
         train=o.train,
@@ -180,7 +179,13 @@ def _divided(folder: Path, made: Manifest) -> str:
 
 
 def _how(made: Manifest) -> str:
-    """No path is told: those are of the machine that ingested."""
+    """No path is told: those are of the machine that ingested. Another writer may have had other settings."""
+    with suppress(KeyError, TypeError, ValueError, AttributeError):
+        return _drawn(made)
+    return f"*{NOT_GIVEN}*"
+
+
+def _drawn(made: Manifest) -> str:
     source, drawn = made.settings["source"], made.settings["splits"]
     if source.get("split_column"):
         return "As its source says."

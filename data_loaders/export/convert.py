@@ -33,11 +33,12 @@ def convert(data: Path, generation: int | None, to: AnyTarget, out: Path, about:
     with publishing(out) as aside:
         files = to.write(index, {split: index.rows_of(split) for split in index.splits}, aside, more)
         is_hub = isinstance(to, HuggingFace)
-        (aside / CARD).write_text(card(told, found, made, index, data, files if is_hub else None), encoding="utf-8")
+        counted = imbalances(index, found)
+        (aside / CARD).write_text(card(told, found, made, index, counted, files if is_hub else None), encoding="utf-8")
         if is_hub:
             paths = [path for part in files.values() for path in part]
             parts = [Part(p, (aside / p).stat().st_size, durable.sha256(aside / p)) for p in paths]
-            tree = croissant(told, found, index, parts, PARQUET, imbalances(index, found, data))
+            tree = croissant(told, found, index, parts, PARQUET, counted)
             durable.write_json(aside / CROISSANT, tree)
     return files
 
@@ -52,8 +53,9 @@ def write_cards(data: Path, generation: int | None, out: Path, about: About) -> 
         there = sorted(set(index.shard[index.rows_of(split)].tolist()))
         files[split] = [Path(SHARDS, index.shards[s]) for s in there]
     parts = [Part(p, shards[p.name].bytes, shards[p.name].sha256) for part in files.values() for p in part]
-    durable.write(out / CARD, card(told, found, made, index, data, files))
-    durable.write_json(out / CROISSANT, croissant(told, found, index, parts, ARROW, imbalances(index, found, data)))
+    counted = imbalances(index, found)
+    durable.write(out / CARD, card(told, found, made, index, counted, files))
+    durable.write_json(out / CROISSANT, croissant(told, found, index, parts, ARROW, counted))
 
 
 def _named(about: About, data: Path, generation: int) -> About:

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_loaders.index import Index, Ints, Reader
+from data_loaders.loader import ids_of
 from data_loaders.shards import hugging_face
 
 AT_ONCE, BYTES_AT_ONCE = 100, 32 * 10**6
@@ -28,7 +29,7 @@ def tables(index: Index, rows: Ints) -> Iterator[pa.Table]:
     with closing(Reader(index)) as reader:
         for start, stop in spans(index.length[rows], BYTES_AT_ONCE, AT_ONCE):
             part = rows[start:stop]
-            ids = index.ids.take(part).combine_chunks()
+            ids = ids_of(index, part)
             contents = pa.array([reader.read(row) for row in part.tolist()], pa.binary())
             columns: dict[str, Any] = {"id": ids, "label": index.labels[part], "crc32c": index.crc32c[part]}
             columns["image"] = pa.StructArray.from_arrays([contents, ids], names=["bytes", "path"])
@@ -53,4 +54,6 @@ def only(index: Index, rows: Ints) -> Index:
     """These rows alone, numbered from 0; what a task elsewhere needs to read them."""
     by_row = ("labels", "groups", "split", "shard", "offset", "length", "crc32c", "image_crc32c")
     by_row += ("width", "height", "quality", "look", "unit")
-    return replace(index, ids=index.ids.take(rows), **{name: getattr(index, name)[rows] for name in by_row})
+    return replace(
+        index, ids=pa.chunked_array([ids_of(index, rows)]), **{name: getattr(index, name)[rows] for name in by_row}
+    )

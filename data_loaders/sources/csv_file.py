@@ -3,15 +3,30 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from data_loaders.faults import Fault, Refusal
 from data_loaders.sources.lines import records
-from data_loaders.sources.places import Place, Places, Root, common_folder, folder_of, plain, shown, texts, wrong_with
+from data_loaders.sources.places import (
+    Place,
+    Places,
+    Root,
+    common_folder,
+    folder_of,
+    is_http,
+    is_url,
+    plain,
+    shown,
+    texts,
+    wrong_with,
+)
 from data_loaders.sources.rows import SPLIT_NAME, GroupColumns, Read, Rejected, Row, Source, SplitName
 from data_loaders.sources.storage import expand, image_reader
+
+NO_QUERY = "list plain paths; leave signatures to the server's settings"
 
 
 class Csv(Source):
@@ -47,6 +62,7 @@ class Csv(Source):
     def rows(self, labelled: bool = True) -> Iterator[Row | Rejected]:
         """Every row of the CSV files; without labels when they are only to be predicted."""
         lists = self._lists()
+        vars(self)["_roots"] = [root for _, _, root in lists]
         faults: list[Fault] = []
         tables: list[_Table] = []
         for number, (split, place, root) in enumerate(lists):
@@ -69,6 +85,16 @@ class Csv(Source):
         """Reads the images by their paths."""
         readers = [image_reader(root) for _, _, root in self._lists()]
         yield lambda row: readers[row.place[0]](row.id)
+
+    def file_of(self, row: Row) -> str | None:
+        """The image itself."""
+        root = self._roots[row.place[0]] if row.place[0] < len(self._roots) else None
+        return None if root is None or is_url(root.place) else root.file_of(row.id)
+
+    @cached_property
+    def _roots(self) -> list[Root]:
+        """As they were when the rows were listed last, since the ids of the rows depend on all of them."""
+        return [root for _, _, root in self._lists()]
 
     def _lists(self) -> list[tuple[str, str, Root]]:
         """Split, place and root of every CSV."""
@@ -94,7 +120,7 @@ class Csv(Source):
         optional = [self.split_by, None if split else self.split_column]
         wanted = [self.path_column]
         wanted += [self.label_column, *self.group_columns, *filter(None, optional)] if labelled else []
-        seen = ", ".join(name if name.isprintable() else repr(name) for name in header)
+        seen = ", ".join(_told(name, root) if name.isprintable() else repr(_told(name, root)) for name in header)
         fix = f"there are: {seen}" if any(header) else "begin the file with the names of its columns"
         if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), "")):
             fix = f"separate the cells with commas, not with {mark!r}"
@@ -118,7 +144,7 @@ class Csv(Source):
         unit_at = len(roles) if self.split_by in columns else 0
         roles += [self.split_by] if self.split_by and unit_at else []
         used, last_group = [columns[role] for role in roles], 2 + len(self.group_columns)
-        splits = {table.split}
+        splits, query = {table.split}, "?" if is_http(table.root.place) else "\0"
         found = records(table.place)
         next(found, None)
         for line, cells in found:
@@ -127,7 +153,8 @@ class Csv(Source):
                 given = values[split_at] if split_at else table.split
                 if given not in splits and re.fullmatch(SPLIT_NAME, given):
                     splits.add(given)
-                if all(values) and given in splits and (image := id_of(values[0])) is not None:
+                image = id_of(values[0]) if all(values) and given in splits and query not in values[0] else None
+                if image is not None:
                     label, groups = (values[1], tuple(values[2:last_group])) if labelled else ("", ())
                     unit = values[unit_at] if unit_at else ""
                     yield Row(f"{name}:{line}", image, label, groups, given, unit, table.place_of_images)
@@ -142,8 +169,11 @@ class Csv(Source):
             return cells[columns[name]].strip() if name in columns and columns[name] < len(cells) else ""
 
         path, given = cell(self.path_column), table.split or cell(self.split_column)
+        told = _told(path, table.root)
+        if told != path and len(cells) != table.width:
+            cells = [""] * len(cells)  # a query may go on in them
         groups = tuple(cell(name) for name in self.group_columns if name in columns)
-        row = Row(where, path, cell(self.label_column), groups, given, cell(self.split_by), table.place_of_images)
+        row = Row(where, told, cell(self.label_column), groups, given, cell(self.split_by), table.place_of_images)
         empty = [name for name in columns if not cell(name)]
         if len(cells) != table.width:
             what = f"{len(cells)} cells under {table.width} columns"
@@ -152,12 +182,20 @@ class Csv(Source):
         if empty:
             at = f"{where}:{columns[empty[0]] + 1}"
             return Rejected(row, Fault(at, f"no {' and no '.join(empty)}", "fill the cell"))
+        if is_http(table.root.place) and "?" in path:
+            at = f"{where}:{columns[self.path_column] + 1}"
+            return Rejected(row, Fault(at, f"{told!r} comes with a query", NO_QUERY))
         if table.root.id_of(path) is None:
-            what = f"{path!r} is outside of {shown(table.root.place)}"
+            what = f"{told!r} is outside of {shown(table.root.place)}"
             fix = "move the file there, or set source.root to a folder above all, and write paths relative to it"
             return Rejected(row, Fault(f"{where}:{columns[self.path_column] + 1}", what, fix))
         at = f"{where}:{columns[self.split_column or ''] + 1}"
         return Rejected(row, Fault(at, f"{given!r} cannot name a split", "use at most 40 letters, digits, . _ and -"))
+
+
+def _told(cell: str, root: Root) -> str:
+    """A cell without what could be a signature of an URL."""
+    return shown(cell).partition("?")[0] if is_http(root.place) else shown(cell)
 
 
 class _Table(NamedTuple):

@@ -97,6 +97,10 @@ class Demo(Source):
         """Reads the drawn files."""
         return self._listed().reader()
 
+    def file_of(self, row: Row) -> str | None:
+        """The drawn file."""
+        return self._listed().file_of(row)
+
     def _listed(self) -> Csv:
         return Csv(path=self.folder / "labels.csv", group_columns=("venue", "camera"), split_column="split")
 

@@ -53,6 +53,11 @@ class Folder(Source):
         read = image_reader(Root(str(self.path)))
         yield lambda row: read(row.id)
 
+    def file_of(self, row: Row) -> str | None:
+        """The image itself."""
+        root = str(self.path)
+        return None if is_url(root) else Root(root).file_of(row.id)
+
     def _refuse_if_no_folder(self, root: str, labelled: bool) -> None:
         wrong = wrong_with(root) or (CANNOT_LIST if is_http(root) else "")
         if not wrong and not is_url(root) and not os.path.isdir(root):

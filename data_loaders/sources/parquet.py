@@ -6,21 +6,25 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.ipc
 from pydantic import model_validator
 
 from data_loaders.faults import Fault, Refusal
 from data_loaders.sources.archives import Archive, find
-from data_loaders.sources.places import Places, Root, folder_of, shown, texts
+from data_loaders.sources.places import Places, Root, folder_of, is_url, shown, texts
 from data_loaders.sources.rows import SPLIT_NAME, GroupColumns, Read, Rejected, Row, Source, Unreadable
 from data_loaders.sources.storage import FILE_CAP, image_reader, open_place, reason
 
 SUFFIXES = (".parquet", ".arrow")
-LIST_ROWS, IMAGE_ROWS = 2**16, 16
+LIST_ROWS, IMAGE_ROWS = 2048, 16
 """Rows that are held at once: of small columns, and of images, since a few bytes of Parquet can stand for many."""
+LONGEST_TEXT = 4096
+"""Characters of a cell that names something."""
 REPAIR = "write the file anew"
 WRONG = (OSError, ValueError, OverflowError, MemoryError, pa.ArrowException)
 """What Arrow raises at files that are damaged, or were made to do harm."""
@@ -61,7 +65,7 @@ class Parquet(Source):
 
     def rows(self, labelled: bool = True) -> Iterator[Row | Rejected]:
         """Every row; only the small columns are read, and of Parquet only they leave the disk."""
-        archives = self._archives()
+        archives = vars(self)["_found"] = self._archives()
         faults = [fault for archive in archives for fault in self._faults(archive, labelled)]
         if faults:
             raise Refusal("The files of images cannot be used:", faults, 65)
@@ -81,6 +85,19 @@ class Parquet(Source):
             yield images.read
         finally:
             images.close()
+
+    def file_of(self, row: Row) -> str | None:
+        """The file that holds it; None too where others were added or removed since."""
+        try:
+            place = Archive.of(row, self._found).place
+        except Unreadable:
+            return None
+        return None if is_url(place) else place
+
+    @cached_property
+    def _found(self) -> list[Archive]:
+        """As they were when the rows were listed last."""
+        return self._archives()
 
     def _archives(self) -> list[Archive]:
         return find(texts(self.path), SUFFIXES)
@@ -120,10 +137,9 @@ class Parquet(Source):
             names = {name: _class_names(table.schema, name) for name in columns.values()}
             wanted = list(dict.fromkeys(columns.values()))
             seen, group, first = 0, -1, 0
-            for at, batch in table.small(wanted):
+            for at, batch in _sliced(table.small(wanted)):
                 first = first if at == group else seen
                 group = at
-                batch.validate(full=True)
                 cells = {name: _texts(batch.column(name), names[name]) for name in wanted}
                 for index in range(batch.num_rows):
                     values = {role: cells[name][index] for role, name in columns.items()}
@@ -132,15 +148,20 @@ class Parquet(Source):
                     seen += 1
 
     def _row(
-        self, archive: Archive, number: int, values: dict[str, str], given: str, place: tuple[int, int, int]
+        self, archive: Archive, number: int, cells: dict[str, str | None], given: str, place: tuple[int, int, int]
     ) -> Row | Rejected:
         where = f"{archive.shown}:{number}"
+        long = [role.removeprefix("group ") for role, value in cells.items() if value is None]
+        values = {role: value or "" for role, value in cells.items() if value is not None or role != "id"}
         name = values.get("id", f"{archive.name}/{number}")
         image = NAMES.id_of(name) if name else None
         groups = tuple(value for role, value in values.items() if role.startswith("group "))
         split, unit = values.get("split", given), values.get("unit", "")
         row = Row(where, image or name, values.get("label", ""), groups, split, unit, place)
         empty = [role.removeprefix("group ") for role, value in values.items() if not value]
+        if long:
+            what = f"{' and '.join(long)} of more than {LONGEST_TEXT:,} characters"
+            return Rejected(row, Fault(where, what, "shorten the cell"))
         if empty:
             return Rejected(row, Fault(where, f"no {' and no '.join(empty)}", "fill the cell"))
         if image is None:
@@ -169,12 +190,16 @@ class _ParquetTable(_Table):
     def __init__(self, file: io.BufferedIOBase) -> None:
         from pyarrow.parquet import ParquetFile
 
-        self._file = ParquetFile(file)
+        self._open = lambda **settings: ParquetFile(file, **settings)
+        self._file = self._open()
         self.schema = self._file.schema_arrow
 
     def small(self, names: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-        for group in range(self._file.num_row_groups):
-            for batch in self._file.iter_batches(LIST_ROWS, row_groups=[group], columns=names):
+        # Texts stay in their dictionary, since a few bytes can stand for one that comes again and again.
+        texts = [name for name in names if _is_text(self.schema, name)]
+        file = self._open(metadata=self._file.metadata, read_dictionary=texts)
+        for group in range(file.num_row_groups):
+            for batch in file.iter_batches(LIST_ROWS, row_groups=[group], columns=names):
                 yield group, batch
 
     def batches(self, name: str, group: int) -> Iterator[pa.Array]:
@@ -302,17 +327,39 @@ def _content(archive: Archive, image: Any) -> bytes:
     return image_reader(root)(name)
 
 
-def _texts(column: pa.Array, names: tuple[str, ...]) -> list[str]:
-    """Cells as text, without spaces around them; empty where there is none."""
+def _sliced(batches: Iterator[tuple[int, pa.RecordBatch]]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The same rows, checked, and few at once."""
+    for group, batch in batches:
+        batch.validate(full=True)
+        for start in range(0, batch.num_rows, LIST_ROWS):
+            yield group, batch.slice(start, LIST_ROWS)
+
+
+def _texts(column: pa.Array, names: tuple[str, ...]) -> list[str | None]:
+    """Cells as text, without spaces around them; empty where there is none, None where it is too long to be had."""
     if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    values = column.to_pylist()
+        used = column.indices.unique()
+        known = dict(zip(used.to_pylist(), _texts(column.dictionary.take(used), ()), strict=True))
+        return [known[index] for index in column.indices.to_pylist()]
     if pa.types.is_boolean(column.type):
-        return ["" if value is None else str(value).lower() for value in values]
+        return ["" if value is None else str(value).lower() for value in column.to_pylist()]
     if pa.types.is_integer(column.type):
         known = dict(enumerate(names))
-        return ["" if value is None else known.get(value, "") if names else str(value) for value in values]
-    return [(value or "").strip() for value in values]
+        return ["" if value is None else known.get(value, "") if names else str(value) for value in column.to_pylist()]
+    if pa.types.is_string_view(column.type):
+        return [_text(cell) for cell in column]
+    longest = pyarrow.compute.call_function("max", [pyarrow.compute.call_function("binary_length", [column])])
+    if (longest.as_py() or 0) > LONGEST_TEXT:
+        return [_text(cell) for cell in column]
+    return [(value or "").strip() for value in column.to_pylist()]
+
+
+def _text(cell: pa.Scalar) -> str | None:
+    """It is measured before it becomes text: 4 bytes are one character at most."""
+    if cell.is_valid and cell.as_buffer().size > 4 * LONGEST_TEXT:
+        return None
+    text = cell.as_py() or ""
+    return text.strip() if len(text) <= LONGEST_TEXT else None
 
 
 def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:

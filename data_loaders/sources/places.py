@@ -59,7 +59,7 @@ def shown(place: str) -> str:
         return place
     head, separator, rest = place.rpartition("://")
     host, slash, path = rest.partition("/")
-    path = re.split(r"[?#]", path)[0] if head.endswith(("http", "https")) else path
+    path = re.split(r"[?#]", path)[0] if head.lower().endswith(("http", "https")) else path
     return f"{head}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 

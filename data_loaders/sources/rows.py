@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, Field
 
@@ -11,7 +11,7 @@ from data_loaders.faults import Fault
 from data_loaders.settings import Settings
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-SPLIT_NAME = r"^\w[\w.-]{0,39}$"  # it names the shards, so it must not lead to another folder
+SPLIT_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}$"  # it names the shards, so it must not lead to another folder
 TAKEN = {"", "id", "image", "label", "crc32c"}
 """What no group column can be called: the shards have these columns already."""
 
@@ -80,3 +80,13 @@ class Source(Settings):
     @abstractmethod
     def reader(self) -> AbstractContextManager[Read]:
         """What reads the images of rows, for one thread; fastest in the order of the rows."""
+
+    def file_of(self, row: Row) -> str | None:
+        """The file of this machine whose change would change the image; None where there is none."""
+        return None
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """The settings alone, without what was learned of the disk."""
+        state = super().__getstate__()
+        fields = type(self).model_fields
+        return state | {"__dict__": {name: value for name, value in state["__dict__"].items() if name in fields}}

@@ -6,7 +6,9 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,7 +31,7 @@ from data_loaders.sources.tar import Member, members
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 NOTE_CAP = 2**20
-"""Most bytes of a member that tells something of an image."""
+"""Most bytes of all that is read to know what an image is: its label, and its .json member."""
 NAMES = Root("/images")
 """A root of no disk: names of members are to be like paths below one."""
 
@@ -63,7 +65,7 @@ class WebDataset(Source):
 
     def rows(self, labelled: bool = True) -> Iterator[Row | Rejected]:
         """Every image; only headers, labels and .json members are read."""
-        archives = self._archives()
+        archives = vars(self)["_found"] = self._archives()
         faults: list[Fault] = []
         for archive in archives:
             try:
@@ -106,17 +108,29 @@ class WebDataset(Source):
             if opened >= 0:
                 os.close(opened)
 
+    def file_of(self, row: Row) -> str | None:
+        """The file that holds it; None too where others were added or removed since."""
+        try:
+            place = Archive.of(row, self._found).place
+        except Unreadable:
+            return None
+        return None if is_url(place) else place
+
+    @cached_property
+    def _found(self) -> list[Archive]:
+        """As they were when the rows were listed last."""
+        return self._archives()
+
     def _archives(self) -> list[Archive]:
         return find(texts(self.path), SUFFIXES)
 
     def _rows(self, number: int, archive: Archive, labelled: bool) -> Iterator[Row | Rejected]:
         with _open(archive) as file:
-            for sample in _samples(file):
-                if sample.images or sample.odd:
-                    yield self._row(number, archive, sample, labelled)
+            for sample in _samples(file, self._wanted() if labelled else set()):
+                yield self._row(number, archive, sample, labelled)
 
     def _row(self, number: int, archive: Archive, sample: "_Sample", labelled: bool) -> Row | Rejected:
-        member = (sample.images or sample.odd)[0]
+        member = (sample.images or sample.odd or [sample.first])[0]
         where, name = f"{archive.shown}:{plain(member.name)}", NAMES.id_of(member.name) or ""
         values, wrong = self._values(sample) if labelled else ({}, "")
         split = (values.get("split", "") if self.split_column else archive.split * self.file_splits) if labelled else ""
@@ -125,7 +139,9 @@ class WebDataset(Source):
         place = (number, member.offset, member.size)
         row = Row(where, image, values.get("label", ""), groups, split, values.get("unit", ""), place)
         empty = [role.removeprefix("group ") for role, value in values.items() if not value]
-        if not sample.images:
+        if not sample.images and not sample.odd:
+            what, fix = "has no .jpg, .png or .webp", "convert it, or remove the sample"
+        elif not sample.images:
             what, fix = "is a link or a device, no file", "put the file itself into the tar"
         elif not name or ".." in member.name.split("/"):
             what, fix = f"{plain(member.name)!r} leads out of the tar", "use names without .. and a leading /"
@@ -138,6 +154,8 @@ class WebDataset(Source):
             )
         elif member.size > FILE_CAP:
             what, fix = f"has {member.size:,} bytes, more than the cap of {FILE_CAP:,}", "use a smaller image"
+        elif sample.note_bytes > NOTE_CAP:
+            what, fix = f"its label and .json member have more than {NOTE_CAP:,} bytes", "keep there what is asked for"
         elif wrong or empty:
             what, fix = wrong or f"no {' and no '.join(empty)}", "add a member, or a field, that says it"
         elif split and not re.fullmatch(SPLIT_NAME, split):
@@ -146,17 +164,25 @@ class WebDataset(Source):
             return row
         return Rejected(row, Fault(where, what, fix))
 
+    def _fields(self) -> dict[str, str]:
+        """Role -> field of the .json member."""
+        fields = {f"group {column}": column for column in self.group_columns}
+        fields |= {"label": self.label.removeprefix("json:")} if ":" in self.label else {}
+        fields |= {"split": self.split_column} if self.split_column else {}
+        return fields | ({"unit": self.split_by} if self.split_by else {})
+
+    def _wanted(self) -> set[str]:
+        """Suffixes of the members that hold what was asked for."""
+        fields = self._fields()
+        return ({"json"} if fields else set()) | (set() if "label" in fields else {self.label.lower()})
+
     def _values(self, sample: "_Sample") -> tuple[dict[str, str], str]:
         """Role -> text of everything that was asked for, and what is wrong with the members that hold it."""
-        member, _, field = self.label.partition(":")
-        fields = {f"group {column}": column for column in self.group_columns}
-        fields |= {"label": field} if field else {}
-        fields |= {"split": self.split_column} if self.split_column else {}
-        fields |= {"unit": self.split_by} if self.split_by else {}
+        fields = self._fields()
         values = dict.fromkeys(["label", *fields], "")
         try:
-            if not field:
-                values["label"] = sample.notes.get(member, b"").decode().strip()
+            if "label" not in fields:
+                values["label"] = sample.notes.get(self.label.lower(), b"").decode().strip()
             known = json.loads(sample.notes.get("json", b"{}")) if fields else {}
         except (ValueError, RecursionError):
             return values, "its label or .json member is not UTF-8, or not JSON"
@@ -165,36 +191,47 @@ class WebDataset(Source):
         return values | {role: _text(known.get(name)) for role, name in fields.items()}, ""
 
 
-class _Sample(NamedTuple):
+@dataclass(slots=True)
+class _Sample:
     """Members with one name, up to its first dot."""
 
-    images: list[Member]
-    odd: list[Member]
+    first: Member
+    images: list[Member] = field(default_factory=list)
+    odd: list[Member] = field(default_factory=list)
     """Links and devices that are called like an image."""
-    notes: dict[str, bytes]
-    """Suffix -> content of every small member that is no image."""
+    notes: dict[str, bytes] = field(default_factory=dict)
+    """Suffix -> content of the members that are wanted, unless they are too large together."""
+    note_bytes: int = 0
+    """Of all that are wanted."""
 
 
-def _samples(file: io.BufferedIOBase) -> Iterator[_Sample]:
-    """Members that follow each other and have one key; a suffix that comes again begins another sample."""
+def _samples(file: io.BufferedIOBase, wanted: set[str]) -> Iterator[_Sample]:
+    """Members that follow each other and have one key; a suffix that comes again begins another sample.
+
+    As in webdataset, hidden files and those without a suffix are of no sample.
+    """
     key, seen = "", set[str]()
-    sample = _Sample([], [], {})
+    sample: _Sample | None = None
     for member in members(file):
-        if member.is_folder:
-            continue
         folder, slash, base = member.name.rpartition("/")
-        stem, _, suffix = base.partition(".")
+        stem, dot, suffix = base.partition(".")
         suffix = suffix.lower()
-        if folder + slash + stem != key or suffix in seen:
-            yield sample
-            key, seen, sample = folder + slash + stem, set(), _Sample([], [], {})
+        if member.is_folder or not dot or (not stem and f".{suffix}" not in IMAGE_SUFFIXES):
+            continue
+        if sample is None or folder + slash + stem != key or suffix in seen:
+            if sample is not None:
+                yield sample
+            key, seen, sample = folder + slash + stem, set(), _Sample(member)
         seen.add(suffix)
-        if f".{suffix}" in IMAGE_SUFFIXES:
+        if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES:
             (sample.images if member.is_file else sample.odd).append(member)
-        elif member.is_file and member.size <= NOTE_CAP:
-            file.seek(member.offset)
-            sample.notes[suffix] = file.read(member.size)
-    yield sample
+        elif member.is_file and suffix in wanted:
+            sample.note_bytes += member.size
+            if sample.note_bytes <= NOTE_CAP:
+                file.seek(member.offset)
+                sample.notes[suffix] = file.read(member.size)
+    if sample is not None:
+        yield sample
 
 
 def _text(value: Any) -> str:

@@ -208,6 +208,15 @@ def test_a_unit_stays_on_the_side_where_it_was(photos: Path, listing_csv: Write,
     assert {split for _, split in sides} == {"train", "val", "test"}
 
 
+@pytest.mark.parametrize("split_by", [None, "venue"])
+def test_rows_are_not_added_by_another_unit_than_the_data_set_was_divided_by(photos: Path, tmp_path: Path, split_by):
+    source = Csv(path=photos, group_columns=("venue",), split_by="patient")
+    settings = Ingest(source=source, out=tmp_path / "data", append=True)
+    add(settings)
+    refusal = refused(settings.model_copy(update={"source": source.model_copy(update={"split_by": split_by})}))
+    assert "was divided by 'patient' — set source.split_by=patient" in str(refusal)
+
+
 def test_a_given_split_that_would_divide_a_unit_of_the_data_set_is_refused(
     photos: Path, listing_csv: Write, tmp_path: Path
 ):

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from data_loaders.sources.parquet import Parquet
 from data_loaders.sources.rows import Rejected, Row, Source, Unreadable
 from data_loaders.sources.tar import members
 from data_loaders.sources.torchvision import Torchvision
-from data_loaders.sources.webdataset import WebDataset
+from data_loaders.sources.webdataset import NOTE_CAP, WebDataset
 
 CLASSES = ["cat", "dog"]
 
@@ -234,7 +235,7 @@ def test_members_are_those_that_tarfile_finds(tmp_path: Path, form):
         assert [(m.name, m.is_file, m.offset, m.size) for m in members(file)] == expected
 
 
-def test_a_sample_with_no_image_is_none_and_one_with_two_or_without_a_label_is_rejected(tmp_path: Path):
+def test_a_sample_with_no_image_or_with_two_or_without_a_label_is_rejected(tmp_path: Path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, content in {
             "a.cls": b"1",
@@ -253,10 +254,159 @@ def test_a_sample_with_no_image_is_none_and_one_with_two_or_without_a_label_is_r
     found = list(WebDataset(path=tmp_path / "a.tar").rows())
     assert [r.id for r in found if isinstance(r, Row)] == ["a/e.JPG"]
     assert [(r.row.id, r.fault.what) for r in found if isinstance(r, Rejected)] == [
+        ("a/a.cls", "has no .jpg, .png or .webp"),
         ("a/b.jpg", "has 2 images: b.jpg, b.png"),
         ("a/c.jpg", "no label"),
         ("a/d.jpg", "its label or .json member is not UTF-8, or not JSON"),
     ]
+
+
+def tar_of(path: Path, *named: tuple[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in named:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_a_sample_whose_image_is_of_no_known_suffix_is_rejected_and_hidden_files_are_of_no_sample(tmp_path: Path):
+    names = ["README", "._1.bmp", "1.bmp", "1.cls", "2.JPG2", "2.cls", "3.json", "4", "4.cls", ".DS_Store"]
+    source = WebDataset(path=tar_of(tmp_path / "a.tar", *((name, b"1") for name in names)))
+    for labelled in (True, False):
+        found = list(source.rows(labelled))
+        assert [(r.row.id, r.fault.what, r.fault.fix) for r in found if isinstance(r, Rejected)] == [
+            (f"a/{name}", "has no .jpg, .png or .webp", "convert it, or remove the sample")
+            for name in ("1.bmp", "2.JPG2", "3.json", "4.cls")
+        ]
+        assert len(found) == 4
+
+
+def test_the_last_suffix_of_a_member_says_whether_it_is_an_image(tmp_path: Path):
+    names = ["1.left.png", "1.cls", "2.left.png", "2.right.png", "2.cls", "3.png", "3.mask.PNG", "3.cls", "4.png.json"]
+    source = WebDataset(path=tar_of(tmp_path / "a.tar", *((name, name.encode()) for name in names)))
+    found = list(source.rows())
+    rows = [row for row in found if isinstance(row, Row)]
+    assert [(row.id, row.label) for row in rows] == [("a/1.left.png", "1.cls")]
+    assert images(source, rows) == [b"1.left.png"]
+    assert [(r.row.id, r.fault.what, r.fault.fix) for r in found if isinstance(r, Rejected)] == [
+        ("a/2.left.png", "has 2 images: 2.left.png, 2.right.png", "keep one"),
+        ("a/3.png", "has 2 images: 3.png, 3.mask.PNG", "keep one"),
+        ("a/4.png.json", "has no .jpg, .png or .webp", "convert it, or remove the sample"),
+    ]
+
+
+def test_only_the_members_that_are_asked_for_are_kept_and_no_more_of_them_than_the_cap(tmp_path: Path):
+    notes = [(f"1.note{n}", bytes(NOTE_CAP)) for n in range(100)]
+    half = b" " * (NOTE_CAP // 2)
+    path = tar_of(
+        tmp_path / "a.tar",
+        *[("1.jpg", b"j"), *notes, ("1.cls", b"cat"), ("1.json", b'{"x": 1}')],
+        *[("2.jpg", b"j"), ("2.cls", half + b"cat"), ("2.json", half + b"{}")],
+    )
+    source = WebDataset(path=path, group_columns=("x",))
+    tracemalloc.start()
+    found = list(source.rows())
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 4 * NOTE_CAP
+    assert isinstance(found[0], Row)
+    assert (found[0].label, found[0].groups) == ("cat", ("1",))
+    assert isinstance(found[1], Rejected)
+    assert found[1].fault.what == "its label and .json member have more than 1,048,576 bytes"
+    assert [row.label for row in good(WebDataset(path=path))] == ["cat", "cat"]
+
+
+def long_labels(folder: Path, kind: str) -> Path:
+    """A small file of 100,000 rows, a quarter of which say the same 16 kB for a label."""
+    path, count = folder / "a.parquet", 100_000
+    indices = pa.array(np.arange(count) % 4 != 1, pa.int32())
+    label = pa.DictionaryArray.from_arrays(indices, ["x" * 16_000, " cat "])
+    columns = {"image": pa.array(np.zeros(count, "S1")).cast(pa.binary()), "label": label}
+    content = pa.table(columns)
+    if kind == "texts":
+        content = content.cast(pa.schema([("image", pa.binary()), ("label", pa.string())]))
+    if kind == "arrow":
+        with pa.ipc.new_file(path, content.schema) as writer:
+            writer.write_table(content)
+    else:
+        pq.write_table(content, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "texts", "arrow"])
+def test_a_long_text_that_a_small_file_repeats_is_rejected_and_never_becomes_many(tmp_path: Path, kind):
+    path = long_labels(tmp_path, kind)
+    assert path.stat().st_size < 2_000_000
+    list(Parquet(path=path).rows(labelled=False))
+    Path("/proc/self/clear_refs").write_text("5")
+    before, labels, faults = peak(), set[str](), list[Rejected]()
+    for row in Parquet(path=path).rows():
+        if isinstance(row, Rejected):
+            faults += [row] * (len(faults) < 2)
+        else:
+            labels.add(row.label)
+    assert peak() - before < 48 * 2**20
+    assert labels == {"cat"}
+    assert [tuple(r.fault) for r in faults] == [
+        (f"{path}:{n}", "label of more than 4,096 characters", "shorten the cell") for n in (1, 5)
+    ]
+    assert faults[0].row.label == ""
+
+
+def peak() -> int:
+    """The most memory in use since it was last reset, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+def test_a_cell_may_have_4096_characters_of_any_script(tmp_path: Path, kind):
+    cells = pa.array(["\N{SNOWMAN}" * 4096, "\N{SNOWMAN}" * 4097, "x" * 4097, None, " a "], kind)
+    content = pa.table({"image": [b"1"] * 5, "label": ["cat"] * 5, "id": cells})
+    with pa.ipc.new_file(tmp_path / "a.arrow", content.schema) as writer:
+        writer.write_table(content)
+    found = list(Parquet(path=tmp_path).rows())
+    assert [row.id if isinstance(row, Row) else row.fault.what for row in found] == [
+        "\N{SNOWMAN}" * 4096,
+        "id of more than 4,096 characters",
+        "id of more than 4,096 characters",
+        "no id",
+        "a",
+    ]
+    assert [row.row.id for row in found if isinstance(row, Rejected)] == ["a/1", "a/2", ""]
+
+
+def test_a_split_is_named_in_ascii(tmp_path: Path):
+    names = ["x\N{SUPERSCRIPT TWO}", "\N{LATIN SMALL LETTER E WITH ACUTE}", "x.1-b"]
+    pq.write_table(pa.table({"image": [b"1"] * 3, "label": ["cat"] * 3, "part": names}), tmp_path / "a.parquet")
+    samples = [(f"{n}.json", json.dumps({"part": name, "kind": "cat"}).encode()) for n, name in enumerate(names)]
+    tar_of(tmp_path / "a.tar", *(m for n in range(3) for m in ((f"{n}.jpg", b"1"), samples[n])))
+    for source in (
+        Parquet(path=tmp_path, split_column="part"),
+        WebDataset(path=tmp_path, split_column="part", label="json:kind"),
+    ):
+        found = list(source.rows())
+        assert [row.split for row in found if isinstance(row, Row)] == ["x.1-b"]
+        assert [row.fault.what for row in found if isinstance(row, Rejected)] == [
+            f"{name!r} cannot name a split" for name in names[:2]
+        ]
+
+
+def test_the_file_of_a_row_is_its_archive(tmp_path: Path):
+    pq.write_table(table(range(2)), tmp_path / "b.parquet")
+    tar_of(tmp_path / "b.tar", ("1:2.jpg", b"1"), ("1:2.cls", b"1"))
+    for source, name in ((Parquet(path=tmp_path), "b.parquet"), (WebDataset(path=tmp_path), "b.tar")):
+        row = good(source)[0]
+        before = pickle.dumps(source)
+        assert source.file_of(row) == str(tmp_path / name)
+        assert pickle.dumps(source) == before
+        assert pickle.loads(before).file_of(row) == str(tmp_path / name)  # noqa: S301  # as it comes to a worker
+        (tmp_path / name).rename(tmp_path / f"a{name}")
+        assert pickle.loads(before).file_of(row) is None  # noqa: S301
+        assert source.file_of(good(source)[0]) == str(tmp_path / f"a{name}")
+    fake = Torchvision(name="FakeData", arguments={"size": "2"})
+    assert fake.file_of(good(fake)[0]) is None
 
 
 def test_a_packed_tar_is_told_to_be_unpacked(tmp_path: Path):

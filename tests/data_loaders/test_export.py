@@ -20,10 +20,12 @@ import yaml
 from hypothesis import given
 from PIL import Image
 
+from data_loaders.audit.duplicates import duplicates
 from data_loaders.augment import centred
 from data_loaders.contents.overview import overview, read
 from data_loaders.contents.pixels import channels
 from data_loaders.decode import decode
+from data_loaders.export import card as export_card
 from data_loaders.export.about import About
 from data_loaders.export.card import markdown
 from data_loaders.export.convert import convert, write_cards
@@ -36,6 +38,7 @@ from data_loaders.export.webdataset import WebDataset
 from data_loaders.faults import Refusal
 from data_loaders.index import DamagedRow, Reader, open_index
 from data_loaders.ingest import Ingest, in_processes, ingest
+from data_loaders.manifest import publish
 from data_loaders.shards import Shards
 from data_loaders.sources import folder as sources_folder
 from data_loaders.sources import webdataset as sources_webdataset
@@ -300,6 +303,33 @@ def test_a_card_tells_the_findings_of_an_audit_of_the_same_data_only(odd: Path, 
         write_cards(tmp_path / "data", None, tmp_path, About())
         assert (r"- The moon is \*large\*" in (tmp_path / "README.md").read_text()) is told
         assert ("The moon is *large*" in (tmp_path / "croissant.json").read_text()) is told
+
+
+@pytest.mark.parametrize("broken", ["", "{", "[]", "7", '{"data": "FINGERPRINT"}', "[" * 100_000])
+def test_a_card_goes_without_an_audit_that_cannot_be_read(odd: Path, tmp_path: Path, broken: str):
+    shutil.copytree(odd, tmp_path / "data")
+    write_cards(tmp_path / "data", None, tmp_path, About())
+    without = (tmp_path / "README.md").read_text()
+    (tmp_path / "data/audit.json").write_text(broken.replace("FINGERPRINT", open_index(odd).fingerprint))
+    write_cards(tmp_path / "data", None, tmp_path, About())
+    assert (tmp_path / "README.md").read_text() == without
+
+
+@pytest.mark.parametrize("settings", [{}, {"source": {}}, {"source": "ours", "splits": None}, {"splits": {"val": "?"}}])
+def test_a_card_of_another_writers_data_does_not_say_how_rows_were_divided(odd: Path, tmp_path: Path, settings):
+    shutil.copytree(odd, tmp_path / "data")
+    publish(tmp_path / "data", read(odd)[0].model_copy(update={"settings": settings}))
+    write_cards(tmp_path / "data", None, tmp_path, About())
+    assert "## How rows were divided\n\n*not given*\n" in (tmp_path / "README.md").read_text()
+
+
+def test_imbalances_are_counted_once_for_both_cards(odd: Path, tmp_path: Path, monkeypatch):
+    asked = list[str]()
+    monkeypatch.setattr(export_card, "duplicates", lambda index, train: asked.append(train) or duplicates(index, train))
+    write_cards(odd, None, tmp_path, About())
+    assert asked == ["train"]
+    convert(odd, None, HuggingFace(), tmp_path / "out", About())
+    assert asked == ["train", "train"]
 
 
 CROISSANT = """

@@ -382,6 +382,27 @@ def metadata_that_is_no_json(root: Path) -> Source:
 
 
 @case
+def a_small_table_that_says_one_long_label_again_and_again(root: Path) -> Source:
+    rows = 2**16
+    content = pa.table({"image": pa.array([b""] * rows), "label": pa.array(["x" * 16_000] * rows)})
+    pq.write_table(content, root / "a.parquet", compression="zstd", write_statistics=False)
+    assert (root / "a.parquet").stat().st_size < 10_000
+    return Parquet(path=root)
+
+
+@case
+def a_tar_of_many_notes_of_one_image(root: Path) -> Source:
+    with (root / "a.tar").open("wb") as file:
+        for number in range(1000):
+            member = tarfile.TarInfo(f"a.{number}" if number else "a.jpg")
+            member.size = 2**20
+            file.write(member.tobuf(tarfile.GNU_FORMAT))
+            file.seek(member.size, os.SEEK_CUR)
+        file.write(bytes(1024))
+    return WebDataset(path=root)
+
+
+@case
 def classes_beyond_their_names(root: Path) -> Source:
     features = {"info": {"features": {"label": {"names": ["cat"]}}}}
     content = table(label=[1, -1]).replace_schema_metadata({"huggingface": json.dumps(features)})

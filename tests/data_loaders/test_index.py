@@ -1,8 +1,11 @@
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
+import math
 import os
+import resource
 import shutil
 import socket
 from collections.abc import Callable
@@ -16,11 +19,14 @@ import pyarrow.ipc
 import pytest
 
 from benchmarks.corruption import ROWS, make
+from data_loaders import index as index_module
 from data_loaders import manifest as manifests
 from data_loaders.decode import decode
 from data_loaders.faults import Refusal
 from data_loaders.index import DamagedRow, Index, Reader, checksum, open_index, schema, tail, tail_id
+from data_loaders.ingest import Ingest, in_processes, ingest
 from data_loaders.manifest import SHARDS, Manifest
+from data_loaders.sources.csv_file import Csv
 
 Tree = dict[str, Any]
 
@@ -538,3 +544,56 @@ def test_an_older_index_in_the_place_of_the_newer_is_refused(appended: Path):
 def test_a_folder_without_a_data_set_is_told_how_to_make_one(tmp_path: Path):
     with pytest.raises(Refusal, match=r"does not exist — make a data set with python -m jobs.ingest"):
         manifests.read(tmp_path)
+
+
+def test_more_groups_than_a_number_can_count_are_read_and_verified(photos: Path, tmp_path: Path):
+    names = [f"g{a}" for a in range(16)]
+    head, *lines = photos.read_text().splitlines()
+    random = np.random.default_rng(0)
+    values = [",".join(f"v{v}" for v in random.integers(0, 16, 16)) for _ in lines]
+    photos.write_text("\n".join([",".join([head, *names]), *map(",".join, zip(lines, values, strict=True))]))
+    ingest(Ingest(source=Csv(path=photos, group_columns=tuple(names)), out=tmp_path / "data"), in_processes(1))
+    index = open_index(tmp_path / "data")
+    assert math.prod(map(len, index.group_values.values())) > 2**60
+    reader = Reader(index)
+    for row, name in enumerate(index.ids.to_pylist()):
+        assert reader.read(row) == (photos.parent / name).read_bytes()
+    found, place = index.occurring_cells()
+    listed = list(index.group_values.values())
+    for row in range(len(index.labels)):
+        assert found[place[row]] == tuple(listed[a][v] for a, v in enumerate(index.groups[row]))
+    assert found == sorted(found, key=lambda cell: [listed[a].index(v) for a, v in enumerate(cell)])
+    with pytest.raises(Refusal, match="groups are too many"):
+        _ = index.cells
+
+
+def test_occurring_cells_are_those_of_all_cells_that_have_a_row(dataset: Path):
+    index = open_index(dataset)
+    found, place = index.occurring_cells()
+    assert [found[p] for p in place] == [index.cell_names[c] for c in index.cells]
+
+
+def test_a_reader_holds_few_shards_open_and_none_when_it_is_gone(dataset: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(index_module, "HANDLES", 2)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    reader = Reader(open_index(dataset))
+    assert len(reader.index.shards) > 4
+    rows = np.random.default_rng(0).integers(0, len(reader.index.labels), 300).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(reader.read, rows)) == [Reader(reader.index).read(row) for row in rows]
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    del reader
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_process_that_may_open_no_more_files_does_not_call_the_data_damaged(dataset: Path):
+    reader, limits = Reader(open_index(dataset)), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files") as wrong:
+            reader.read(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not isinstance(wrong.value, Refusal)
+    assert reader.read(0)

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -66,6 +67,11 @@ def spoil(photos: Path, lines: dict[int, str]) -> None:
 
 def remains(out: Path) -> set[str]:
     return {str(path.relative_to(out)) for path in out.rglob("*")}
+
+
+def die(task: Task) -> Done:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
 
 
 def remains_swept(out: Path) -> set[str]:
@@ -399,6 +405,26 @@ def test_a_refusal_keeps_the_good_images_for_the_mended_command(settings: Ingest
     assert len(again) == len(written) > 4
     assert len(again.items() - written.items()) == 1  # that of the task with the bad one
     assert not (settings.out / ".ingest").exists()
+
+
+def test_images_that_changed_since_a_run_was_killed_are_read_again(settings: Ingest, photos: Path):
+    def stumble(work: Callable[[Task], Done], tasks: Iterable[Task]) -> Iterator[Done]:
+        yield from [work(task) for task in tasks]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(settings, stumble)
+    for i in (3, 17):
+        Image.new("RGB", (7, 5), (1, 2, i)).save(photos.parent / f"images/{i:02d}.png")
+    made(settings)
+    for name, row in stored(settings.out).items():
+        assert row["image"]["bytes"] == (photos.parent / name).read_bytes()
+
+
+def test_a_worker_that_is_killed_is_said_and_the_same_command_goes_on(settings: Ingest):
+    with pytest.raises(Refusal, match=r"the same command goes on:\n  workers: a process was killed") as refusal:
+        ingest(settings, lambda work, tasks: in_processes(2)(die, tasks))
+    assert refusal.value.exit_code == 75
 
 
 def test_a_task_whose_images_could_not_all_be_used_is_done_again(settings: Ingest, photos: Path):

@@ -1,17 +1,34 @@
+import struct
+import zlib
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from data_loaders import loader
+from data_loaders.audit.audit import properties
 from data_loaders.augment import PadCrop, Plain, Standard, centred, rng
-from data_loaders.decode import decode
-from data_loaders.index import DamagedRow, Reader, open_index
-from data_loaders.loader import Batch, Data, exact_batches, file_batches, share, training_batches
+from data_loaders.contents.overview import overview, read
+from data_loaders.contents.page import write as write_page
+from data_loaders.contents.pixels import channels
+from data_loaders.decode import Undecodable, decode
+from data_loaders.index import DamagedRow, Index, Reader, open_index
+from data_loaders.ingest import Ingest, in_processes, ingest
+from data_loaders.loader import Batch, Data, exact_batches, file_batches, ids_of, share, training_batches
 from data_loaders.sampler import Stratified
+from data_loaders.shards import Shards
 from data_loaders.sources.folder import Folder
 from data_loaders.sources.rows import Row
+from data_loaders.splits import Splits
+from data_loaders.torch import ShardDataset
 
 STEPS = range(3, 8)
 
@@ -119,8 +136,6 @@ def test_a_stream_that_is_left_early_closes_its_files(dataset: Path):
 
 
 def test_files_outside_of_a_data_set_are_read_and_bad_ones_told(dataset: Path, tmp_path: Path):
-    from PIL import Image
-
     for i in range(5):
         Image.new("RGB", (20, 10 + i), (i, 0, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "2.png").write_bytes(b"not an image")
@@ -131,3 +146,107 @@ def test_files_outside_of_a_data_set_are_read_and_bad_ones_told(dataset: Path, t
     assert [row.id for _, good, _ in found for row in good] == ["0.png", "1.png", "3.png", "4.png"]
     assert [r.row.id for _, _, bad in found for r in bad] == ["2.png"]
     assert [int(images[0, 0, 0, 0]) for images, _, _ in found] == [0, 3, 4]
+
+
+READERS: dict[str, Callable[[Path, Path], object]] = {
+    "training batches": lambda data, _: batches(data, batch=4, sampler=Stratified(temper=1)),
+    "exact batches": lambda data, _: list(
+        exact_batches(open_index(data), Data(path=data, size=10, batch=4), np.arange(4))
+    ),
+    "torch": lambda data, _: [ShardDataset(data)[item][0].size for item in range(4)],
+    "page": lambda data, out: paged(data, out / "page.html"),
+    "stats": lambda data, _: channels(open_index(data), np.arange(4)),
+    "audit": lambda data, _: properties(open_index(data), np.arange(4)),
+}
+
+
+def paged(data: Path, out: Path) -> None:
+    made, index = read(data)
+    write_page(overview(index, made), index, out, 4, 4, 0)
+
+
+def ingested(folder: Path, **shards) -> Path:
+    """What is in a folder, all for training."""
+    settings = Ingest(
+        source=Folder(path=folder), out=folder.parent / "data", splits=Splits(val=0, test=0), shards=Shards(**shards)
+    )
+    ingest(settings, in_processes(1))
+    return settings.out
+
+
+def shot(path: Path, size: tuple[int, int] = (9, 7)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, sum(path.name.encode()) % 200).save(path)
+
+
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images, one of which has more pixels than may be decoded unless the ingest has said so."""
+    folder = tmp_path_factory.mktemp("huge") / "images"
+    for name in ("cat/a.png", "cat/b.png", "dog/c.png"):
+        shot(folder / name)
+    shot(folder / "dog/d.png", (8001, 8001))
+    return ingested(folder, pixel_cap=65_000_000, check="header")
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images, of which the last one, d.png, has a good header alone."""
+    folder = tmp_path_factory.mktemp("broken") / "images"
+    for name in ("cat/a.png", "cat/b.png", "dog/c.png", "dog/d.png"):
+        shot(folder / name)
+    content = (folder / "dog/d.png").read_bytes()
+    start = content.index(b"IDAT")
+    (length,) = struct.unpack(">I", content[start - 4 : start])
+    chunk = b"IDAT" + b"\xff" * length
+    chunk += struct.pack(">I", zlib.crc32(chunk))
+    (folder / "dog/d.png").write_bytes(content[:start] + chunk + content[start + len(chunk) :])
+    return ingested(folder, check="header")
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_an_image_larger_than_usual_that_was_ingested_can_be_read_too(huge: Path, tmp_path: Path, reader):
+    READERS[reader](huge, tmp_path)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_an_image_that_cannot_be_decoded_is_told_with_its_row_and_its_shard(broken: Path, tmp_path: Path, reader):
+    with pytest.raises(DamagedRow, match=r"row 3 \(dog/d\.png\)") as damaged:
+        READERS[reader](broken, tmp_path)
+    (fault,) = damaged.value.faults
+    assert fault.where == str(broken / "shards" / open_index(broken).shards[0])
+    assert fault.fix == "ingest again with shards.check=decode"
+
+
+def test_an_image_that_memory_is_too_short_for_is_not_called_broken(dataset: Path, monkeypatch):
+    def short(*_):
+        raise Undecodable("takes more memory to decode than there is") from MemoryError()
+
+    monkeypatch.setattr(loader, "decode", short)
+    with pytest.raises(DamagedRow) as damaged:
+        loader.picture(Reader(open_index(dataset)), 0)
+    assert "more memory" in damaged.value.faults[0].fix
+
+
+@given(st.lists(st.integers(0, 29), max_size=40), st.lists(st.integers(0, 30), max_size=4))
+def test_ids_come_in_the_order_of_the_rows_however_they_are_chunked(rows, cuts):
+    names, ends = [f"ä{i}" for i in range(30)], sorted([0, *cuts, 30])
+    chunks = pa.chunked_array([pa.array(names[a:b], pa.string()) for a, b in pairwise(ends)], pa.string())
+    found = ids_of(with_ids(chunks), np.array(rows, np.int64))
+    assert (found.type, found.to_pylist()) == (pa.string(), [names[row] for row in rows])
+    assert ids_of(with_ids(pa.chunked_array([], pa.string())), np.zeros(0, np.int64)).to_pylist() == []
+
+
+def test_ids_of_more_than_2_gib_can_be_taken():
+    text = pa.py_buffer(np.full(2**30, ord("x"), np.uint8))  # one piece of memory for all chunks
+    ends = pa.py_buffer(np.array([0, 1, 2**30 - 3, 2**30], np.int32))
+    chunk = pa.Array.from_buffers(pa.string(), 3, [None, ends, text])
+    chunks = pa.chunked_array([chunk] * 3)
+    with pytest.raises(pa.ArrowInvalid, match="overflow"):
+        chunks.take(pa.array([0, 5]))
+    assert ids_of(with_ids(chunks), np.array([8, 0, 5, 3])).to_pylist() == ["xxx", "x", "xxx", "x"]
+
+
+def with_ids(ids: pa.ChunkedArray) -> Index:
+    """An index of which nothing else is known."""
+    return cast(Index, SimpleNamespace(ids=ids))

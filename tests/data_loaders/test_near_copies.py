@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
+from benchmarks import near_copies
 from data_loaders.audit import duplicates as searched
 from data_loaders.audit.duplicates import duplicates
 from data_loaders.audit.likeness import ALIKE, likeness
@@ -237,3 +239,17 @@ def test_what_was_not_compared_is_said(planted, monkeypatch):
     assert f"pairs that differ in more than {few.bits} of 64 bits, being too many" in near(few)
     monkeypatch.setattr(searched, "PAIRS", 1)
     assert near(duplicates(index, "train").near) == "not looked for, since too many rows look the same"
+
+
+@pytest.mark.parametrize("name", ["a.JPEG", "a.jpg", "a.Png"])
+def test_the_benchmark_finds_photographs_however_their_suffix_is_written(tmp_path: Path, monkeypatch, capsys, name):
+    monkeypatch.setattr(near_copies, "KINDS", {"PNG": encoded})
+    scene(1).save(tmp_path / name)
+    near_copies.main(tmp_path)
+    assert capsys.readouterr().out.startswith("1 photographs")
+
+
+def test_the_benchmark_says_that_a_folder_has_no_photograph(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("none")
+    with pytest.raises(SystemExit, match="has no photograph"):
+        near_copies.main(tmp_path)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from planned import planned
 
 from data_loaders import plan
-from data_loaders.faults import Fault
+from data_loaders.faults import Fault, Refusal
 from data_loaders.rejects import write_rejected
 from data_loaders.sources.rows import Rejected, Row
 from data_loaders.splits import Splits
@@ -43,6 +43,17 @@ def test_labels_that_differ_only_in_case_or_spaces_are_told_the_usual_spelling()
 def test_a_class_that_is_given_says_how_its_label_is_spelled():
     _, bad = planned(Splits(), [row(f"l:{i}", str(i), "Cat") for i in range(5)], ("cat", "dog"))
     assert {fault.what for fault in bad} == {"label 'Cat' differs from 'cat' only in case or spaces"}
+
+
+def test_classes_that_differ_only_in_case_are_kept_where_they_are_given():
+    rows = [row(f"l:{i}", str(i), "aA"[i % 2]) for i in range(6)]
+    assert planned(Splits(), rows, ("a", "A"))[1] == []
+
+
+def test_a_column_of_ids_is_not_taken_for_labels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plan, "STRATA", 50)
+    with pytest.raises(Refusal, match=r"is source\.label_column right"):
+        planned(Splits(), [row(f"l:{i}", str(i), str(i)) for i in range(60)])
 
 
 def test_a_unit_on_both_sides_of_a_held_out_split_is_rejected_on_the_drawn_side():

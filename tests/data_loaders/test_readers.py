@@ -207,6 +207,14 @@ print(json.dumps(rows))
     assert run(grown, script, tmp_path) == sorted(ours(grown))
 
 
+def test_the_shards_of_a_split_are_not_those_of_another_whose_name_begins_alike(tmp_path: Path):
+    own = [f"train-g{g}-00000-0{part}-0123abcd.arrow" for g, part in ((1, 0), (1, 1), (12, 0))]
+    others = ["train-gold-g1-00000-00-0123abcd.arrow", "train-g1-g1-00000-00-0123abcd.arrow", "val-g1-00000-00-0.arrow"]
+    (tmp_path / "dataset.json").write_text(json.dumps({"shards": [{"name": name} for name in [*own, *others]]}))
+    script = f"{SNIPPETS['shards']}\nprint(json.dumps([pathlib.Path(shard).name for shard in shards]))"
+    assert run(tmp_path, script, tmp_path) == own
+
+
 def test_every_snippet_is_run_by_a_test():
     assert SNIPPETS.keys() == ROWS.keys() | {"shards", "ray data", "pytorch"}
 

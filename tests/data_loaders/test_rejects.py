@@ -1,5 +1,6 @@
 """What rows are lost, and whether classes and groups lose alike."""
 
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,14 @@ def test_a_loss_by_group_and_one_by_cell_are_told_apart():
 def test_rows_whose_value_is_not_known_say_nothing_of_it():
     assert uneven({("(none)",): 50}, {("cat",): 100, ("dog",): 100}, ()) == []
     assert uneven({}, {("cat",): 100, ("dog",): 100}, ()) == []
+
+
+def test_many_classes_take_little_memory():
+    kept = {(f"class {k}",): 100 for k in range(20_000)}
+    tracemalloc.start()
+    assert uneven({("class 7",): 2}, kept, ()) != []
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
 
 
 def break_all_of(photos: Path, venue: str) -> Counter[str]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from webdataset.writer import TarWriter
 
 from data_loaders.faults import Refusal
@@ -143,10 +144,69 @@ def test_a_list_and_its_images_come_over_http(server: Server):
     (server.folder / "a b").mkdir()
     (server.folder / "a b/c#d?.jpg").write_bytes(b"1")
     (server.folder / "e.jpg").write_bytes(b"")
-    listing(server, "a b/c#d?.jpg", f"{server.url}/e.jpg", "gone.jpg")
+    listing(server, f"{server.url}/a%20b/c%23d%3F.jpg", f"{server.url}/e.jpg", "gone.jpg")
     source = Csv(path=f"{server.url}/labels.csv")
     assert images(source) == {"a b/c#d?.jpg": b"1", "e.jpg": b"", "gone.jpg": "No such file or directory"}
     assert good(source)[0].where == f"{server.url}/labels.csv:2"
+
+
+def test_the_files_of_a_server_are_none_of_this_machine(server: Server):
+    listing(server, "a.jpg")
+    archives(server.folder)
+    for source in (
+        Csv(path=f"{server.url}/labels.csv"),
+        Parquet(path=f"{server.url}/train.parquet"),
+        WebDataset(path=f"{server.url}/train.tar"),
+    ):
+        assert source.file_of(good(source)[0]) is None
+
+
+@pytest.mark.parametrize("rooted", [True, False])
+def test_the_signature_of_an_url_in_a_list_is_told_nowhere(server: Server, tmp_path: Path, rooted, capfd):
+    Image.new("RGB", (8, 8)).save(server.folder / "good.png")
+    signed = f"X-Amz-Signature={SECRET}&b=c"
+    paths = [
+        "good.png",
+        f"1.png?{signed}",
+        f"{server.url}/2.png?{signed}",
+        f"http://u:{SECRET}@elsewhere/3.png?{signed}",
+        f"HTTPS://elsewhere/4.png?{signed}",
+        f"../5.png?{signed}",
+        f"6.png?too,{signed},many",
+    ]
+    (tmp_path / "l.csv").write_text("path,label\n" + "".join(f"{path},food\n" for path in paths))
+    if rooted:
+        source = Csv(path=tmp_path / "l.csv", root=server.url)
+    else:
+        Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+        paths[:] = [path if "://" in path else "good.png" for path in paths]
+        (tmp_path / "l.csv").write_text("path,label\n" + "".join(f"{path},food\n" for path in paths))
+        source = Csv(path=tmp_path / "l.csv")
+    found = [row for row in source.rows() if isinstance(row, Rejected)]
+    if rooted:
+        assert (found[0].row.id, *found[0].fault) == (
+            "1.png",
+            f"{tmp_path}/l.csv:3:1",
+            "'1.png' comes with a query",
+            "list plain paths; leave signatures to the server's settings",
+        )
+    settings = Ingest.model_validate({"source": source, "out": tmp_path / "data"})
+    with pytest.raises(Refusal) as refusal:
+        ingest(settings, in_processes(1))
+    (listed,) = (tmp_path / "data").rglob("rejected*.csv")
+    said = capfd.readouterr()
+    assert "2.png" in listed.read_text()
+    for text in (listed.read_text(), str(found), str(refusal.value), said.out, said.err):
+        assert SECRET not in text
+        assert "X-Amz" not in text
+
+
+def test_a_list_of_signed_urls_without_a_header_tells_no_signature(server: Server, tmp_path: Path):
+    (tmp_path / "l.csv").write_text(f"{server.url}/1.png?s={SECRET},food\n2.png?s={SECRET},food\n")
+    for root in (server.url, None):
+        with pytest.raises(Refusal) as refusal:
+            good(Csv(path=tmp_path / "l.csv", root=root))
+        assert SECRET not in str(refusal.value)
 
 
 def test_a_local_list_may_name_images_of_a_server_and_none_outside_of_its_root(server: Server, tmp_path: Path):

@@ -19,6 +19,7 @@ from data_loaders.faults import Fault, Refusal
 from data_loaders.settings import Settings, dump, parse, parse_text
 from data_loaders.sources import AnySource
 from data_loaders.sources.csv_file import Csv
+from data_loaders.sources.demo import Demo
 from data_loaders.sources.folder import Folder
 from data_loaders.sources.places import Root
 from data_loaders.sources.rows import Rejected, Row, Source, Unreadable
@@ -71,6 +72,39 @@ def test_a_folder_of_splits_is_not_taken_for_one_of_classes(tmp_path: Path, shoo
         list(Folder(path=tmp_path / "images").rows())
     assert len(list(Folder(path=tmp_path / "images", splits=("train", "val")).rows())) == 2
     assert len(list(Folder(path=tmp_path / "images").rows(labelled=False))) == 2
+
+
+def test_a_split_is_named_in_ascii(tmp_path: Path):
+    text = "path,label,split\na.jpg,food,x\N{SUPERSCRIPT TWO}\nb.jpg,food,x2\n"
+    found = listed(tmp_path, text, split_column="split")
+    assert [row.split for row in found.rows] == ["x2"]
+    assert rejected(found) == {"labels.csv:2:3": "'x\N{SUPERSCRIPT TWO}' cannot name a split"}
+
+
+def test_the_file_of_a_row_is_its_image(tmp_path: Path, shoot):
+    for name in ("a/cat/1.png", "b/cat/2.png"):
+        shoot(f"images/{name}")
+    for part, name in (("a", "cat/1.png"), ("b", "cat/2.png")):
+        (tmp_path / f"images/{part}/l.csv").write_text(f"path,label\n{name},cat\n")
+    here = tmp_path / "images"
+    expected = [str(here / "a/cat/1.png"), str(here / "b/cat/2.png")]
+    one = Csv(path=str(here / "[a]/l.csv"))
+    several = Csv(path=str(here / "*/l.csv"))
+    below = Csv(path=str(here / "*/l.csv"), root=tmp_path)
+    folder = Folder(path=here, splits=("a", "b"))
+    assert [one.file_of(row) for row in all_of(one).rows] == expected[:1]
+    assert [several.file_of(row) for row in all_of(several).rows] == expected
+    assert [below.file_of(row) for row in all_of(below).rows] == [
+        str(tmp_path / "cat/1.png"),
+        str(tmp_path / "cat/2.png"),
+    ]
+    assert [folder.file_of(row) for row in all_of(folder).rows] == expected
+    (here / "a/l.csv").unlink()
+    assert [several.file_of(row) for row in all_of(several).rows] == expected[1:]
+    demo = Demo(folder=tmp_path / "demo", images=30, size=16)
+    files = [demo.file_of(row) or "" for row in all_of(demo).rows]
+    assert len(set(files)) == 30
+    assert all(map(os.path.isfile, files))
 
 
 def test_a_row_has_its_place_file_label_groups_and_unit(tmp_path: Path):

@@ -5,6 +5,8 @@ import json
 import re
 import subprocess
 import sys
+import zlib
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -169,6 +171,47 @@ def test_a_card_lies_beside_the_shards_and_says_what_was_not_given(hostile: Path
     tree = json.loads((hostile / "croissant.json").read_text())
     assert (tree["datePublished"], tree["version"]) == ("2026-03-01", "1.0.0")
     open_index(hostile)  # the data set is as it was
+
+
+def test_group_columns_of_many_values_are_counted_by_those_that_occur(dataset: Path, tmp_path, monkeypatch, capsys):
+    images = sorted(dataset.parent.glob("*.png"))[:60]
+    values = [",".join(f"{i * k % 59}" for k in range(1, 13)) for i in range(60)]
+    lines = [f"{image.name},{'ab'[i % 2]},{values[i]}" for i, image in enumerate(images)]
+    names = [f"g{k}" for k in range(12)]
+    (tmp_path / "list.csv").write_text("\n".join([f"path,label,{','.join(names)}", *lines]))
+    source = Csv(path=tmp_path / "list.csv", root=dataset.parent, group_columns=tuple(names))
+    ingest(Ingest.model_validate({"source": source, "out": tmp_path / "data"}), in_processes(1))
+    run(monkeypatch, "inspect", f"data={tmp_path / 'data'}", f"out={tmp_path / 'it.json'}")
+    counts = json.loads((tmp_path / "it.json").read_text())["counts"]
+    rows = [tuple(line.split(",")[1:]) for line in lines]
+    assert {tuple(line["name"]): sum(line["rows"].values()) for line in counts["cells"]} == Counter(rows)
+    assert counts["empty"] == 2 * 59**12 - len(set(rows))
+    run(monkeypatch, "card", f"data={tmp_path / 'data'}")
+    assert f"{counts['empty']:,} classes in groups have no row at all" in (tmp_path / "data/README.md").read_text()
+    run(monkeypatch, "convert", f"data={tmp_path / 'data'}", f"out={tmp_path / 'out'}", "to.kind=huggingface")
+
+
+@pytest.mark.parametrize("job", ["stats", "inspect", "audit"])
+def test_an_image_that_cannot_be_decoded_ends_a_job_without_a_traceback(
+    dataset: Path, tmp_path, monkeypatch, capsys, job
+):
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(sorted(dataset.parent.glob("*.png"))[:8]):
+        content = image.read_bytes()
+        start, end = content.index(b"IDAT"), content.index(b"IEND") - 8
+        spoilt = content[start:end] if i else b"IDAT" + bytes(end - start - 4)
+        spoilt += zlib.crc32(spoilt).to_bytes(4, "big")
+        (tmp_path / "images" / f"{i}.png").write_bytes(content[:start] + spoilt + content[end + 4 :])
+    lines = "\n".join(["path,label,split", *(f"{i}.png,{'ab'[i % 2]},train" for i in range(8))])
+    (tmp_path / "list.csv").write_text(lines)
+    source = Csv(path=tmp_path / "list.csv", root=tmp_path / "images", split_column="split")
+    settings = {"source": source, "out": tmp_path / "data", "shards": {"check": "header"}}
+    ingest(Ingest.model_validate(settings), in_processes(1))
+    words = [f"out={tmp_path / 'page.html'}"] if job == "inspect" else []
+    code, said = refused(monkeypatch, capsys, job, f"data={tmp_path / 'data'}", *words)
+    assert code == 65
+    assert "row 0 (0.png)" in said
+    assert "ingest again with shards.check=decode" in said
 
 
 @pytest.mark.parametrize("kind", ["huggingface", "webdataset", "folder"])
