@@ -26,9 +26,9 @@ from data_loaders.sources.rows import Rejected, Row, Source
 from data_loaders.splits import TRAIN, Splits
 
 BATCH = 2**14
-IN_MEMORY = 2**19
-"""Keys at a time."""
-BITS = 6
+IN_MEMORY = 2**17
+"""Keys at a time, about."""
+MOST_BITS = 8
 """Of the hash of an id; they say which file it goes to, where there are more keys than that."""
 KEY = np.dtype(
     [
@@ -144,13 +144,14 @@ class Plan:
         count = whole.stat().st_size // KEY.itemsize
         if count <= IN_MEMORY:
             return [whole]
-        parts = [self._folder / f"keys-{n:02d}" for n in range(2**BITS)]
+        bits = min(MOST_BITS, (count // IN_MEMORY).bit_length())
+        parts = [self._folder / f"keys-{n:03d}" for n in range(2**bits)]
         with ExitStack() as opened:
             files = [opened.enter_context(path.open("wb")) for path in parts]
             for start in range(0, count, IN_MEMORY):
                 keys = np.fromfile(whole, KEY, IN_MEMORY, offset=start * KEY.itemsize)
-                number = (keys["id"] >> np.uint64(64 - BITS)).astype(np.int64)
-                ends = np.cumsum(np.bincount(number, minlength=2**BITS))
+                number = (keys["id"] >> np.uint64(64 - bits)).astype(np.int64)
+                ends = np.cumsum(np.bincount(number, minlength=2**bits))
                 for file, part in zip(files, np.split(keys[number.argsort()], ends[:-1]), strict=True):
                     file.write(part.tobytes())
         whole.unlink()
