@@ -54,7 +54,7 @@ class Tracked(NamedTuple):
 @pytest.fixture(scope="module")
 def tracked(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     folder, home = tmp_path_factory.mktemp("tracked"), tmp_path_factory.mktemp("home")
-    config = config_for(dataset, folder, **{"tracking.group": "g"})
+    config = config_for(dataset, folder, **{"tracking.group": "g", "data.generation": 1})
     with pytest.MonkeyPatch.context() as patch:
         alone(patch, home)
         for name, value in SECRETS.items():
