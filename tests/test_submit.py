@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 Submit = Callable[[str], subprocess.CompletedProcess[str]]
-DEMO = "source.kind=demo source.rows=600 source.size=24 source.imbalance=[6,3,2]"
+DEMO = "source.kind=demo source.images=600 source.size=24 source.imbalance=[6,3,2]"
 SMALL = "data.size=24 data.batch=32 model.widths=[8,16] cluster.device=cpu train.steps=12 train.report_every=4"
 
 
