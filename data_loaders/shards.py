@@ -248,6 +248,13 @@ def unit_hash(unit: str) -> int:
     return int.from_bytes(hashlib.blake2b(unit.encode(), digest_size=8).digest(), "little") if unit else 0
 
 
+def shard_schema(group_names: Iterable[str]) -> pa.Schema:
+    """Of a shard, without metadata."""
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    groups = [(name, pa.string()) for name in group_names]
+    return pa.schema([("id", pa.string()), ("image", image), ("label", pa.int64()), *groups, ("crc32c", pa.uint32())])
+
+
 def hugging_face(classes: tuple[str, ...], group_names: Iterable[str]) -> dict[str, str]:
     """Schema metadata by which `datasets` knows the image column and the names of the classes."""
     return {"huggingface": json.dumps({"info": {"features": features(classes, group_names)}})}

@@ -21,6 +21,7 @@ from data_loaders.index import Index, Ints, Reader, index_of
 from data_loaders.loader import ids_of
 from data_loaders.manifest import GENERATIONS, NAME, SHARDS, File, Manifest
 from data_loaders.progress import Progress
+from data_loaders.shards import shard_schema
 
 Unusable = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError, pa.ArrowException)
 """What reading a file that is not what it should be may end in."""
@@ -219,7 +220,7 @@ def _differs(content: bytes, index: Index, rows: Ints) -> str | None:
     try:
         table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
         table.validate(full=True)
-        if table.schema != _schema(tuple(index.group_values)) or any(c.null_count for c in table.columns):
+        if table.schema != shard_schema(tuple(index.group_values)) or any(c.null_count for c in table.columns):
             return "does not have the columns of a shard"
         said, expected = _said(table, pa.py_buffer(content).address), _expected(index, rows)
         return next((f"has other {name} than the index" for name in expected if said[name] != expected[name]), None)
@@ -247,13 +248,6 @@ def _expected(index: Index, rows: Ints) -> dict[str, list[Any]]:
     expected["crc32c"] = index.crc32c[rows].tolist()
     expected["places of images"] = [*zip(index.offset[rows].tolist(), index.length[rows].tolist(), strict=True)]
     return expected | {"names of classes": [*index.classes]}
-
-
-def _schema(group_names: tuple[str, ...]) -> pa.Schema:
-    """Of a shard."""
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    groups = [(name, pa.string()) for name in group_names]
-    return pa.schema([("id", pa.string()), ("image", image), ("label", pa.int64()), *groups, ("crc32c", pa.uint32())])
 
 
 def _places(images: pa.Array, start: int) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from data_loaders.index import Index, Ints, Reader
 from data_loaders.loader import ids_of
-from data_loaders.shards import hugging_face
+from data_loaders.shards import hugging_face, shard_schema
 
 AT_ONCE, BYTES_AT_ONCE = 100, 32 * 10**6
 """Most rows, and most bytes of images, of one table."""
@@ -17,10 +17,7 @@ AT_ONCE, BYTES_AT_ONCE = 100, 32 * 10**6
 
 def schema(index: Index) -> pa.Schema:
     """Of the tables, and of the shards themselves."""
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    groups = [(name, pa.string()) for name in index.group_values]
-    fields = [("id", pa.string()), ("image", image), ("label", pa.int64()), *groups, ("crc32c", pa.uint32())]
-    return pa.schema(fields, hugging_face(index.classes, index.group_values))
+    return shard_schema(index.group_values).with_metadata(hugging_face(index.classes, index.group_values))
 
 
 def tables(index: Index, rows: Ints) -> Iterator[pa.Table]:
