@@ -12,20 +12,12 @@ from scipy.stats import binomtest
 from sklearn import metrics as oracle
 
 from trainer.decision.ledger import log_softmax
-from trainer.metrics import catalogue
-from trainer.metrics.catalogue import DISPARITIES, FAIRNESS, RATES, Mean, Proportion, disparity
+from trainer.metrics import calibration, catalogue
+from trainer.metrics.catalogue import DISPARITIES, FAIRNESS, JOINT, RATES, disparity
 from trainer.metrics.groups import groupings
-from trainer.metrics.intervals import (
-    REPLICATES,
-    bootstrap,
-    calibrated_ece,
-    difference,
-    estimate,
-    normal,
-    resample,
-    wilson,
-)
-from trainer.metrics.long_table import SCHEMA, rows, table
+from trainer.metrics.intervals import REPLICATES, bootstrap, difference, resampled, wilson
+from trainer.metrics.long_table import SCHEMA, table_of
+from trainer.metrics.statistics import Mean, Proportion
 from trainer.metrics.tally import SCORE_CAP, Shape, Tally, count
 
 G, K = 4, 3
@@ -55,7 +47,9 @@ def tally_of(*parts: np.ndarray, shape: Shape, valid: np.ndarray | None = None) 
     """Of log probabilities, decisions, labels and cells."""
     valid = np.ones(len(parts[1]), bool) if valid is None else valid
     log_p, decisions, labels, cells, kept = (torch.from_numpy(np.ascontiguousarray(p)) for p in (*parts, valid))
-    return Tally.of(count(log_p, decisions, labels, cells, kept, shape).numpy(), shape)
+    sums = torch.zeros(shape.size, dtype=torch.int64)
+    count(sums, log_p, decisions, labels, cells, kept, shape)
+    return Tally.of(sums.numpy(), shape)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +106,8 @@ def test_probabilities_that_are_no_numbers_count_as_the_worst_score():
 
 
 def test_a_probability_that_underflows_is_capped_and_not_lost():
-    log_p = torch.tensor([[0.0, -1e9]])
-    one = torch.ones(1, dtype=torch.long)
-    t = Tally.of(count(log_p, one * 0, one, one * 0, one.bool(), Shape(1, 2)).numpy(), Shape(1, 2))
+    zero = np.zeros(1, np.int64)
+    t = tally_of(np.array([[0.0, -1e9]]), zero, zero + 1, zero, shape=Shape(1, 2))
     assert RATES["nll"].value(t)[0] == SCORE_CAP
     assert RATES["brier"].value(t)[0] == 2.0
 
@@ -180,23 +173,25 @@ def test_fairness_metrics_are_those_of_fairlearn_for_every_class_against_the_res
 
 @pytest.mark.parametrize("name", RATES)
 def test_every_rate_has_its_shape_and_its_place_in_the_interval(samples, name):
-    t = samples.tally()
-    e = estimate(name, t, resample(t))
-    assert e.value.shape in {(G,), (G, K)}
-    assert e.low.shape == e.high.shape == e.value.shape == e.n.shape
-    assert (e.low <= e.value + 0.03).all()  # the plug-in ECE is biased upward, and its bootstrap twice
-    assert (e.high >= e.value - 1e-12).all()
-    assert (e.low < e.high).all()
+    found = RATES[name].of(samples.tally())
+    low, high = found.interval()
+    assert found.value.shape in {(G,), (G, K)}
+    assert low.shape == high.shape == found.value.shape == found.n.shape
+    assert (low <= found.value).all()
+    assert (high >= found.value - 1e-12).all()
+    assert (low < high).all()
+    wider = found.interval(0.99)
+    assert (wider[0] <= low + 1e-12).all()
+    assert (wider[1] >= high - 1e-12).all()
 
 
 @pytest.mark.parametrize("name", RATES)
 def test_every_rate_is_nan_and_not_zero_where_nothing_was_counted(name):
     empty = Tally.of(np.zeros(Shape(G, K).size, np.int64), Shape(G, K))
-    e = estimate(name, empty, resample(empty))
-    assert np.isnan(e.value).all()
-    assert np.isnan(e.low).all()
-    assert np.isnan(e.high).all()
-    assert not e.n.any()
+    found = RATES[name].of(empty)
+    assert np.isnan(found.value).all()
+    assert np.isnan(found.interval()).all()
+    assert not found.n.any()
 
 
 @pytest.mark.parametrize("name", RATES)
@@ -205,7 +200,7 @@ def test_every_rate_follows_its_groups_when_they_are_reordered(samples, name):
     np.testing.assert_allclose(RATES[name].value(t.regroup(order, G))[order], RATES[name].value(t))
 
 
-@pytest.mark.parametrize("name", FAIRNESS)
+@pytest.mark.parametrize("name", [*FAIRNESS, *JOINT])
 def test_every_fairness_metric_leaves_out_groups_without_a_value(name):
     t = Samples(absent=1).tally()
     kept = t.regroup(np.array([0, 0, 1, 2]), 3)
@@ -225,9 +220,9 @@ def test_sums_of_the_worst_scores_do_not_overflow():
     log_p = np.tile([0.0, -1e9], (n, 1))
     labels = np.arange(n) % 2
     t = tally_of(log_p, labels * 0, labels, labels * 0, shape=Shape(1, 2)).overall()
-    e = estimate("nll", t)
-    assert e.value[0] == SCORE_CAP / 2
-    assert e.low[0] == pytest.approx(SCORE_CAP / 2 - 1.96 * SCORE_CAP / 2 / np.sqrt(n), rel=1e-4)
+    found = RATES["nll"].of(t)
+    assert found.value[0] == SCORE_CAP / 2
+    assert found.interval()[0][0] == pytest.approx(SCORE_CAP / 2 - 1.96 * SCORE_CAP / 2 / np.sqrt(n), rel=1e-4)
 
 
 def test_disparities_of_nothing_are_nan():
@@ -262,23 +257,30 @@ def test_newcombe_is_the_published_example():
 
 def test_the_interval_of_a_mean_is_the_textbook_one():
     x = np.random.default_rng(0).exponential(1.0, 200)
-    low, high = normal(Mean(np.array(x.sum()), np.array((x**2).sum()), np.array(200)))
+    low, high = Mean(np.array(x.sum()), np.array((x**2).sum()), np.array(200)).interval()
     half = 1.959964 * x.std(ddof=1) / np.sqrt(200)
     assert (float(low), float(high)) == pytest.approx((x.mean() - half, x.mean() + half))
 
 
 def test_the_bootstrap_of_counts_is_that_of_rows(samples):
     t = samples.tally().overall()
-    values = RATES["macro_f1"].value(resample(t))
-    random = np.random.default_rng(1)
-    by_rows = []
+
+    def macro_f1(confusion: np.ndarray) -> np.ndarray:
+        c = confusion.reshape(-1, 1, K, K)
+        return (2 * np.diagonal(c, axis1=2, axis2=3) / (c.sum(2) + c.sum(3))).mean(2)
+
+    counts = t.confusion.reshape(1, K * K)
+    values = np.concatenate([macro_f1(drawn) for drawn in resampled(counts)])
+    random, by_rows = np.random.default_rng(1), []
     for _ in range(400):
         i = random.integers(0, 400, 400)
         by_rows.append(oracle.f1_score(samples.labels[i], samples.decisions[i], average="macro"))
     assert values.std() == pytest.approx(np.std(by_rows), rel=0.12)
-    low, high = bootstrap(RATES["macro_f1"].value, t, resample(t))
-    assert low[0] < RATES["macro_f1"].value(t)[0] < high[0]
     assert len(values) == REPLICATES
+    low, high = bootstrap(macro_f1, counts)
+    own = RATES["macro_f1"].of(t)
+    assert low[0] < own.value[0] < high[0]
+    np.testing.assert_allclose(own.interval(), [low, high], atol=0.012)  # the jackknife's is that of the bootstrap
 
 
 @pytest.mark.parametrize("n", [50, 1000])
@@ -289,8 +291,9 @@ def test_a_calibrated_model_stays_below_its_band_as_often_as_is_said(n):
         p = random.dirichlet(np.ones(K), n)
         labels = (p.cumsum(1) > random.random((n, 1))).argmax(1)
         t = tally_of(np.log(p), p.argmax(1), labels, np.zeros(n, np.int64), shape=Shape(1, K))
-        null_mean, null_high = calibrated_ece(t)
-        found = RATES["ece"].value(t)[0]
+        error = calibration.top_label(t)
+        null_mean, null_high = error.calibrated()
+        found = error.value[0]
         below += found <= null_high[0]
         ece, mean = ece + found / 200, mean + null_mean[0] / 200
     assert 0.90 <= below / 200 <= 0.99
@@ -301,11 +304,11 @@ def test_a_calibrated_model_stays_below_its_band_as_often_as_is_said(n):
 def test_weights_bring_every_class_to_its_prior(samples):
     t = samples.tally().overall()
     prior = np.array([0.2, 0.3, 0.5])
-    weights = catalogue.weights_to(prior, t)
+    weights = calibration.weights_to(prior, t)
     share = t.confusion[0].sum(1) * weights
     np.testing.assert_allclose(share / share.sum(), prior)
-    same = catalogue.weights_to(t.confusion[0].sum(1) / 400, t)
-    np.testing.assert_allclose(catalogue.gap(catalogue.coarse_bins(t, same)), RATES["ece"].value(t))
+    same = calibration.weights_to(t.confusion[0].sum(1) / 400, t)
+    np.testing.assert_allclose(calibration.top_label(t, same).value, RATES["ece"].value(t))
     by_class = catalogue.score_by_class(t, 0)
     nll = -samples.log_p[np.arange(400), samples.labels]
     expected = np.average(nll, weights=weights[samples.labels])
@@ -327,12 +330,18 @@ def test_groupings_gather_cells_as_the_columns_say(samples):
 
 def test_the_long_table_holds_every_rate_of_every_group_with_its_n(samples):
     key = {"run": "r", "split": "test", "view": "argmax", "step": None}
-    long = table(list(rows(samples.tally(), ("a", "b", "c"), GROUPS, **key)))
+    long = table_of(samples.tally(), ("a", "b", "c"), GROUPS, **key)
     assert long.schema.equals(SCHEMA)
     lines = long.to_pylist()
     recalls = [r for r in lines if r["metric"] == "recall" and r["group"] == "venue=street"]
     assert [r["class"] for r in recalls] == ["a", "b", "c"]
     i = samples.cells >= 2
     assert [r["n"] for r in recalls] == [int((samples.labels[i] == k).sum()) for k in range(K)]
-    assert {r["metric"] for r in lines} == set(RATES) | set(FAIRNESS)
-    assert all(r["low"] is not None for r in lines if r["metric"] in RATES)
+    assert {r["metric"] for r in lines} == {*RATES, *FAIRNESS, *JOINT}
+    assert all(r["low"] <= r["value"] <= r["high"] for r in lines)
+    assert all(r["run"] == "r" and r["step"] is None for r in lines)
+    compared = [r for r in lines if r["metric"] == "equal_opportunity_difference" and r["grouping"] == "camera"]
+    assert [r["class"] for r in compared] == ["a", "b", "c"]
+    assert all(r["group"] == "" and 0 < r["chance"] < 1 for r in compared)
+    plain = [r for r in lines if r["metric"] == "recall"]
+    assert all(np.isnan(r["chance"]) for r in plain)

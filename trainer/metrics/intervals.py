@@ -1,123 +1,127 @@
-"""How sure a metric is: an interval and the number of samples for every rate.
+"""How sure a number is: intervals of proportions, of means and of what is made of them, and the bootstrap of counts.
 
-Proportions have Wilson's score interval (Wilson 1927), means a normal one, all others the bootstrap. The bootstrap of a
-function of counts is a multinomial draw of the counts: the same distribution as resampling rows, without the rows.
+Arrays of any shape; a number that nothing was counted for is NaN, and so is its interval.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from trainer.metrics.catalogue import RATES, Floats, Mean, Proportion, coarse_bins, divide
-from trainer.metrics.tally import BINS, Ints, Tally
+from trainer.metrics.tally import Ints
 
+Floats = NDArray[np.float64]
 LEVEL = 0.95
-REPLICATES = 1000
+REPLICATES = 2000
+DRAWN = 2**23
+"""Entries that a bootstrap holds at once."""
 
 
-class Estimate(NamedTuple):
-    """A value, its interval at LEVEL and the samples it rests on; arrays of one shape."""
+class Statistic(Protocol):
+    """What a metric rests on."""
 
-    value: Floats
-    low: Floats
-    high: Floats
-    n: Ints
+    @property
+    def value(self) -> Floats: ...
+    @property
+    def n(self) -> Ints:
+        """Samples that it rests on."""
+        ...
 
-
-def estimate(name: str, tally: Tally, resampled: Tally | None = None) -> Estimate:
-    """A rate of the catalogue, [G] or [G, K]; n is what the rate divides by, or the samples of the group.
-
-    `resampled` is what `resample` made of the tally; without it, rates that need the bootstrap have no interval.
-    """
-    counted = RATES[name].of(tally)
-    if isinstance(counted, Proportion):
-        return Estimate(divide(*counted), *wilson(*counted), counted.trials)
-    if isinstance(counted, Mean):
-        return Estimate(divide(counted.total, counted.n), *normal(counted), counted.n)
-    n = tally.n if counted.ndim == 1 else tally.confusion.sum(2)
-    absent = np.full(counted.shape, np.nan)
-    low, high = (absent, absent) if resampled is None else bootstrap(RATES[name].value, tally, resampled)
-    return Estimate(counted, low, high, n)
+    def interval(self, level: float = LEVEL) -> tuple[Floats, Floats]: ...
 
 
-def wilson(hits: Ints, trials: Ints, level: float = LEVEL) -> tuple[Floats, Floats]:
-    """Score interval of a proportion; NaN where there was no trial."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
+def divide(part: NDArray | float, whole: NDArray | float) -> Floats:
+    """part / whole, and NaN where the whole is 0."""
+    whole = np.asarray(whole, np.float64)
+    return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole != 0)
+
+
+def log_of(values: NDArray) -> Floats:
+    """Natural logarithm; of 0 it is minus infinity."""
+    return np.log(values, out=np.full(np.shape(values), -np.inf), where=~(np.asarray(values) <= 0))
+
+
+def z_of(level: float) -> float:
+    """Standard deviations to either side of a normal interval."""
+    return NormalDist().inv_cdf((1 + level) / 2)
+
+
+def wilson(hits: NDArray, trials: NDArray, level: float = LEVEL) -> tuple[Floats, Floats]:
+    """Score interval of a proportion (Wilson 1927)."""
+    z = z_of(level)
     p, n = divide(hits, trials), np.where(trials > 0, trials, np.nan)
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return np.maximum(middle - half, 0), np.minimum(middle + half, 1)
+    half = z / (1 + z**2 / n) * np.sqrt(np.maximum(p * (1 - p), 0) / n + z**2 / (4 * n**2))
+    return np.where(p <= 0, 0, middle - half), np.where(p >= 1, 1, middle + half)
 
 
-def normal(mean: Mean, level: float = LEVEL) -> tuple[Floats, Floats]:
-    """Normal interval of a mean of scores, which are never negative; NaN below two samples."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    centre = divide(mean.total, mean.n)
-    variance = np.maximum(divide(mean.squares - mean.n * centre**2, np.maximum(mean.n - 1, 0)), 0)
-    half = z * np.sqrt(divide(variance, mean.n))
-    return np.maximum(centre - half, 0), centre + half
+def difference(a: Statistic, b: Statistic, level: float = LEVEL) -> tuple[Floats, Floats]:
+    """Interval of a less b, of independent samples: method 10 of Newcombe (1998)."""
+    (la, ha), (lb, hb) = a.interval(level), b.interval(level)
+    return a.value - b.value - np.hypot(a.value - la, hb - b.value), a.value - b.value + np.hypot(
+        ha - a.value, b.value - lb
+    )
 
 
-def difference(a: Proportion, b: Proportion, level: float = LEVEL) -> tuple[Floats, Floats]:
-    """Interval of a's proportion less b's, of independent samples: Newcombe 1998, method 10."""
-    pa, pb = divide(*a), divide(*b)
-    (la, ha), (lb, hb) = wilson(*a, level), wilson(*b, level)
-    below = np.sqrt((pa - la) ** 2 + (hb - pb) ** 2)
-    above = np.sqrt((ha - pa) ** 2 + (pb - lb) ** 2)
-    return pa - pb - below, pa - pb + above
+def mean_of(value: Floats, low: Floats, high: Floats) -> tuple[Floats, Floats]:
+    """Interval of the mean over the last axis of independent numbers with these intervals, those that are NaN left out:
+    Newcombe's method for more than two (Zou & Donner 2008)."""
+    n = (~np.isnan(value)).sum(-1)
+    mean = divide(np.nansum(value, -1), n)
+    below, above = (divide(np.sqrt(np.nansum((value - end) ** 2, -1)), n) for end in (low, high))
+    return mean - below, mean + above
 
 
-def resample(tally: Tally, seed: int = 0) -> Tally:
-    """REPLICATES tallies drawn from one, as the groups of a single tally, [REPLICATES * G, …].
+def lowest(values: Floats, axis: int = 0) -> Floats:
+    """Smallest along an axis, those without a value left out; NaN where none has one."""
+    found = np.min(np.where(np.isnan(values), np.inf, values), axis, initial=np.inf)
+    return np.where(np.isinf(found), np.nan, found)
 
-    Confusion and confidence are drawn apart, which is right for a metric that uses one of them; scores are left out.
-    Within a bin of confidence, the mean confidence stays as it was.
+
+def highest(values: Floats, axis: int = 0) -> Floats:
+    """Largest, likewise."""
+    return -lowest(-values, axis)
+
+
+def simultaneous(level: float, parts: int) -> float:
+    """Level of each of several independent intervals that all hold at once at `level` (Šidák 1967)."""
+    return level ** (1 / max(parts, 1))
+
+
+def bootstrap(
+    metric: Callable[[Ints], Floats], counts: Ints, level: float = LEVEL, seed: int = 0
+) -> tuple[Floats, Floats]:
+    """Percentile interval, [G, …], of a metric of counts [G, cells]: counts [R, G, cells] -> [R, G, …].
+
+    A multinomial draw of the counts of a group has the distribution of resampled rows, without the rows.
     """
-    random = np.random.Generator(np.random.Philox(key=[seed, tally.shape.groups]))
-    n, (_, k) = tally.n, tally.shape
-    confusion = random.multinomial(n, _shares(tally.confusion.reshape(-1, k * k)), (REPLICATES, len(n)))
-    samples, right, confidence = np.moveaxis(tally.confidence.reshape(len(n), k * BINS, 3), 2, 0)
-    drawn = random.multinomial(n, _shares(np.concatenate([samples - right, right], 1)), (REPLICATES, len(n)))
-    wrong, right = drawn.reshape(-1, 2, k * BINS).swapaxes(0, 1)
-    mean = np.nan_to_num(divide(confidence, samples))
-    total = np.rint(np.tile(mean, (REPLICATES, 1)) * (wrong + right)).astype(np.int64)
-    groups = REPLICATES * len(n)
-    bins = np.stack([wrong + right, right, total], 2).reshape(groups, k, BINS, 3)
-    return Tally(confusion.reshape(groups, k, k), bins, np.zeros((groups, k, 2, 2), np.int64))
-
-
-def bootstrap(metric: Callable[[Tally], Floats], tally: Tally, resampled: Tally) -> tuple[Floats, Floats]:
-    """Percentile interval, [G] or [G, K], of a metric of confusion or confidence, over the replicates that have it."""
-    values = metric(resampled)
-    values = values.reshape(REPLICATES, len(tally.n), *values.shape[1:])
-    tail = 100 * (1 - LEVEL) / 2
+    values = np.concatenate([metric(drawn) for drawn in resampled(counts, seed)])
+    tail = 100 * (1 - level) / 2
     absent = np.isnan(values).all(0)
     low, high = np.nanpercentile(np.where(absent, 0.0, values), [tail, 100 - tail], axis=0)
     return np.where(absent, np.nan, low), np.where(absent, np.nan, high)
 
 
-def calibrated_ece(tally: Tally, weights: Floats | None = None, seed: int = 0) -> tuple[Floats, Floats]:
-    """[G] mean and 95th percentile of the ECE that a perfectly calibrated model would show on as many samples with
-    the same confidences: the plug-in ECE is biased upward, most where n is small.
-
-    With weights of true classes, [K], on as many samples as the weighted ones are worth (Kish 1965).
-    """
-    random = np.random.Generator(np.random.Philox(key=[seed, tally.shape.groups + 2**32]))
-    bins = coarse_bins(tally, weights)
-    if weights is not None:
-        worth = divide((tally.confusion.sum(2) @ weights) ** 2, tally.confusion.sum(2) @ weights**2)
-        bins = bins * divide(worth, bins[..., 0].sum(1))[:, None, None]
-    n = np.nan_to_num(np.rint(bins[..., 0])).astype(np.int64)
-    confidence = np.nan_to_num(divide(bins[..., 2], bins[..., 0])).clip(0, 1)
-    right = random.binomial(n, confidence, (REPLICATES, *n.shape))
-    values = divide(np.abs(n * confidence - right).sum(2), n.sum(1))
-    return values.mean(0), np.percentile(values, 95, axis=0)
+def resampled(counts: Ints, seed: int = 0) -> Iterator[Ints]:
+    """REPLICATES draws of counts [G, cells], each group by itself, in parts [R, G, cells]."""
+    random = np.random.Generator(np.random.Philox(key=[seed, counts.size]))
+    occurs = np.flatnonzero(counts.any(0))
+    n, shares = counts.sum(1), np.where(counts.any(1, keepdims=True), counts, 1)[:, occurs].astype(np.float64)
+    shares /= shares.sum(1, keepdims=True)
+    each = max(1, DRAWN // counts.size)
+    for start in range(0, REPLICATES, each):
+        drawn = np.zeros((min(each, REPLICATES - start), *counts.shape), np.int64)
+        drawn[..., occurs] = random.multinomial(n, shares, drawn.shape[:2])
+        yield drawn
 
 
-def _shares(counts: Ints) -> Floats:
-    """Probabilities of each row; an empty group keeps its (unused) mass in the first cell."""
-    shares = counts.astype(np.float64)
-    shares[shares.sum(1) == 0, 0] = 1
-    return shares / shares.sum(1, keepdims=True)
+def benjamini_hochberg(p: Floats) -> Floats:
+    """[M] p values adjusted so that, of those told at a level, that share is false on average (Benjamini & Hochberg
+    1995); NaN is no test."""
+    adjusted = np.full(len(p), np.nan)
+    order = np.argsort(p)[: np.count_nonzero(~np.isnan(p))][::-1]
+    steps = p[order] * len(order) / np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.minimum.accumulate(steps), 1)
+    return adjusted

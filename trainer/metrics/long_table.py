@@ -1,47 +1,77 @@
 """Tallies as one long table: a row for each metric, class and group, with its interval and n."""
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from trainer.metrics.catalogue import FAIRNESS, RATES, disparity
-from trainer.metrics.groups import GroupValues, groupings
-from trainer.metrics.intervals import estimate, resample
-from trainer.metrics.tally import Tally
+from trainer.metrics.calibration import Gaps
+from trainer.metrics.catalogue import RATES
+from trainer.metrics.cells import withheld
+from trainer.metrics.comparisons import comparisons
+from trainer.metrics.groups import Grouping, GroupValues, groupings
+from trainer.metrics.intervals import Floats
+from trainer.metrics.tally import Ints, Tally
 
+NUMBERS = ("value", "low", "high", "chance")
 SCHEMA = pa.schema(
     {"run": pa.string(), "split": pa.string(), "view": pa.string(), "step": pa.int64()}
     | dict.fromkeys(("metric", "class", "grouping", "group"), pa.string())
-    | dict.fromkeys(("value", "low", "high"), pa.float64())
+    | dict.fromkeys(NUMBERS, pa.float64())
     | {"n": pa.int64()}
 )
-"""`class` and `group` are empty where a metric has none; `n` is null for a comparison of groups."""
+"""`class` and `group` are empty where a metric has none. `chance` is what a calibration error stays below if the model
+is calibrated, and a comparison if groups do not differ; elsewhere it is NaN. Numbers and n of groups that are too small
+to be told are null."""
 
 
-def rows(
-    tally: Tally, classes: tuple[str, ...], values: GroupValues, bootstrap: bool = True, **key: Any
-) -> Iterator[dict[str, Any]]:
-    """Rows of SCHEMA for everything in the catalogue; `key` gives run, split, view and step.
+class Lines(NamedTuple):
+    """Rows of one metric in one grouping, [G], [G, K], or of a comparison [] or [K]."""
 
-    Without the bootstrap, which takes a moment, only proportions and means have intervals.
-    """
+    metric: str
+    of_groups: bool
+    numbers: tuple[Floats, ...]
+    """NUMBERS, of one shape."""
+    n: Ints
+
+
+def table_of(
+    tally: Tally, classes: tuple[str, ...], values: GroupValues, smallest_cell: int = 0, **key: Any
+) -> pa.Table:
+    """Rows of SCHEMA for everything in the catalogue; `key` gives run, split, view and step. Groups and cells of fewer
+    than `smallest_cell` samples are withheld."""
+    parts = []
     for grouping in groupings(values):
         grouped = grouping.of(tally)
-        resampled = resample(grouped) if bootstrap else None
-        for name in RATES:
-            e = estimate(name, grouped, resampled)
-            for place in np.ndindex(e.value.shape):
-                known = {"metric": name, "grouping": grouping.name, "group": grouping.groups[place[0]]}
-                known |= {"class": classes[place[1]] if len(place) > 1 else "", "n": int(e.n[place])}
-                yield key | known | {"value": e.value[place], "low": e.low[place], "high": e.high[place]}
-        for name in FAIRNESS if len(grouping.groups) > 1 else ():
-            value = disparity(name, grouped)
-            for place in np.ndindex(value.shape):
-                known = {"metric": name, "grouping": grouping.name, "group": ""}
-                yield key | known | {"class": classes[place[0]] if place else "", "value": value[place]}
+        for lines in _lines(grouped):
+            parts.append(_table(lines, classes, grouping, smallest_cell, key))
+    return pa.concat_tables(parts)
 
 
-def table(rows_of_schema: list[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist(rows_of_schema, SCHEMA)
+def _lines(tally: Tally) -> list[Lines]:
+    """Every rate of every group, and every comparison of the groups."""
+    found = []
+    for name, rate in RATES.items():
+        statistic = rate.of(tally)
+        chance = statistic.calibrated()[1] if isinstance(statistic, Gaps) else np.full(statistic.value.shape, np.nan)
+        found.append(Lines(name, True, (statistic.value, *statistic.interval(), chance), statistic.n))
+    if tally.shape.groups > 1:
+        found += [Lines(name, False, tuple(c[:4]), c.n) for name, c in comparisons(tally).items()]
+    return found
+
+
+def _table(
+    lines: Lines, classes: tuple[str, ...], grouping: Grouping, smallest_cell: int, key: dict[str, Any]
+) -> pa.Table:
+    by_class = lines.n.ndim > lines.of_groups
+    groups, names = grouping.groups if lines.of_groups else [""], classes if by_class else ("",)
+    n = lines.n.reshape(len(groups), len(names))
+    hidden = (withheld(n, smallest_cell) if lines.of_groups else n < smallest_cell).ravel()
+    same = {"metric": lines.metric, "grouping": grouping.name, **key}
+    columns: dict[str, Any] = {k: pa.repeat(pa.scalar(v, SCHEMA.field(k).type), n.size) for k, v in same.items()}
+    columns["group"] = pa.array(groups).take(pa.array(np.repeat(np.arange(len(groups)), len(names))))
+    columns["class"] = pa.array(names).take(pa.array(np.tile(np.arange(len(names)), len(groups))))
+    for name, values in zip(NUMBERS, lines.numbers, strict=True):
+        columns[name] = pa.array(np.ravel(values).astype(np.float64), mask=hidden)
+    columns["n"] = pa.array(n.ravel(), mask=hidden)
+    return pa.table([columns[name] for name in SCHEMA.names], SCHEMA)
