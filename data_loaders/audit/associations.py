@@ -1,24 +1,23 @@
-"""How far one thing tells another, against what chance shows on as many rows, as imbalanced and as tied.
+"""How far one category tells another, against what chance shows on as many rows, as imbalanced."""
 
-Every null is a permutation of the labels: of all rows for groups, within the group cells for properties of images.
-"""
-
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import random_table, rankdata
+from scipy.stats import random_table
 
 from data_loaders.index import Ints
 
 Floats = NDArray[np.float64]
-REPLICATES = 1999
-"""Permutations of rows: the smallest p value is 1 / 2,000."""
-TABLES = 9999
-"""Contingency tables drawn instead of permutations, which cost less."""
+Counts = Ints | int
+TABLES, FEWEST_TABLES = 9999, 999
+"""Contingency tables drawn for a null, at most and at least."""
+WORK = 2**25
+"""Entries of all contingency tables that are drawn, or rows where those are permuted; more if FEWEST_TABLES need it."""
 CHANCE = 0.95
 """Share of the permutations that stay below the number told as `by chance`."""
+DENSE = 4
+"""Rows for each cell from which tables are drawn; below, permuting the rows is cheaper."""
 TABLES_AT_ONCE = 2**22
 """Entries of the contingency tables that are drawn together."""
 ROUNDING = 1e-9
@@ -34,6 +33,12 @@ class Association(NamedTuple):
     p: float
     """Share of the permutations with as large a V, this one counted."""
     n: int
+    information: float
+    """Mutual information in nats, less its mean by chance."""
+    information_by_chance: float
+    """95th percentile of that."""
+    told: float
+    """The same as a share of the most that it could be: 1 is a function (Vinh et al. 2010)."""
 
 
 def contingency(a: Ints, b: Ints, values: tuple[int, int]) -> Ints:
@@ -47,28 +52,72 @@ def cramers_v(tables: Ints) -> Floats:
     n = np.maximum(row.sum(-1), 1)
     expected = row[..., :, None] * column[..., None, :] / n[..., None, None]
     squares = np.divide((tables - expected) ** 2, expected, out=np.zeros(tables.shape), where=expected > 0)
-    free_rows, free_columns, least = (row > 0).sum(-1) - 1, (column > 0).sum(-1) - 1, np.maximum(n - 1, 1)
-    phi2 = np.maximum(squares.sum((-1, -2)) / n - free_rows * free_columns / least, 0)
+    return _v(squares.sum((-1, -2)) / n, (row > 0).sum(-1), (column > 0).sum(-1), n)
+
+
+def _v(phi2: Floats, rows: Counts, columns: Counts, n: Counts) -> Floats:
+    """[…] of Pearson's chi-squared over n, of so many values that occur."""
+    least = np.maximum(n - 1, 1)
+    free_rows, free_columns = np.asarray(rows) - 1, np.asarray(columns) - 1
+    corrected = np.maximum(phi2 - free_rows * free_columns / least, 0)
     most = np.minimum(free_rows - free_rows**2 / least, free_columns - free_columns**2 / least)
-    absent = np.full(np.shape(most), np.nan)
-    return np.sqrt(np.divide(phi2, most, out=absent, where=most > ROUNDING))
+    return np.sqrt(np.divide(corrected, most, out=np.full(np.shape(corrected), np.nan), where=most > ROUNDING))
+
+
+def mutual_information(tables: Ints) -> Floats:
+    """[…] in nats, of contingency tables […, R, C], not corrected for bias."""
+    whole = tables.reshape(*tables.shape[:-2], -1)
+    return _entropy(tables.sum(-1)) + _entropy(tables.sum(-2)) - _entropy(whole)
 
 
 def association(table: Ints, seed: int = 0) -> Association:
     """Of a contingency table [R, C].
 
-    A table drawn with the same margins is the table of permuted rows, so the null costs the same for any number of rows
-    (Patefield 1981).
+    Tables drawn with the same margins are those of permuted rows. Their number is TABLES, or as many as WORK allows,
+    and FEWEST_TABLES at least.
     """
-    n, v = int(table.sum()), cramers_v(table)
+    n, v = int(table.sum()), float(cramers_v(table))
     if np.isnan(v):
-        return Association(np.nan, np.nan, np.nan, n)
+        return Association(np.nan, np.nan, np.nan, n, np.nan, np.nan, np.nan)
+    table = table[table.any(1)][:, table.any(0)]
     random = np.random.Generator(np.random.Philox(key=[seed, table.size]))
-    margins = table.sum(1), table.sum(0)
-    each = max(1, TABLES_AT_ONCE // table.size)
-    parts = [min(each, TABLES - start) for start in range(0, TABLES, each)]
-    null = np.concatenate([cramers_v(random_table.rvs(*margins, size=k, random_state=random)) for k in parts])
-    return Association(float(v), float(np.quantile(null, CHANCE)), float(_p(null, v)), n)
+    draw, work = (_permuted, n) if n < table.size * DENSE else (_tables, table.size)
+    null_v, null_nats = draw(table, int(np.clip(WORK // work, FEWEST_TABLES, TABLES)), random)
+    mean, chance = null_nats.mean(), np.quantile([null_v, null_nats], CHANCE, axis=1)
+    nats, most = mutual_information(table) - mean, min(_entropy(table.sum(1)), _entropy(table.sum(0))) - mean
+    p, numbers = empirical_p(null_v, v), (float(x) for x in (nats, chance[1] - mean, nats / max(most, ROUNDING)))
+    return Association(v, float(chance[0]), float(p), n, *numbers)
+
+
+def _tables(table: Ints, replicates: int, random: np.random.Generator) -> tuple[Floats, Floats]:
+    """V and mutual information of tables drawn with these margins, at a cost that no row adds to (Patefield 1981)."""
+    margins, each = (table.sum(1), table.sum(0)), max(1, TABLES_AT_ONCE // table.size)
+    sizes = (min(each, replicates - start) for start in range(0, replicates, each))
+    drawn = (random_table.rvs(*margins, size=k, random_state=random) for k in sizes)
+    found = [(cramers_v(part), mutual_information(part)) for part in drawn]
+    return np.concatenate([v for v, _ in found]), np.concatenate([nats for _, nats in found])
+
+
+def _permuted(table: Ints, replicates: int, random: np.random.Generator) -> tuple[Floats, Floats]:
+    """The same by permuting rows, whose cells alone are looked at: most cells of a large table are empty."""
+    row, column, n = table.sum(1), table.sum(0), int(table.sum())
+    a, b = (np.repeat(np.arange(len(margin)), margin) for margin in (row, column))
+    first, logs, inverse = a * len(column), np.log(np.arange(1, n + 1)), 1 / row[a]
+    phi2, nats = np.empty(replicates), np.empty(replicates)
+    for i in range(replicates):
+        b = random.permutation(b)
+        cell = first + b
+        counts = np.bincount(cell, minlength=table.size)[cell]
+        phi2[i], nats[i] = (counts / column[b]) @ inverse - 1, logs[counts - 1].sum() / n
+    margins = _entropy(row) + _entropy(column)
+    return _v(phi2, len(row), len(column), n), margins - np.log(n) + nats
+
+
+def _entropy(counts: Ints) -> Floats:
+    """[…] in nats, of counts […, M]."""
+    n = np.maximum(counts.sum(-1), 1)
+    logs = np.log(counts, out=np.zeros(counts.shape), where=counts > 0)
+    return np.log(n) - (counts * logs).sum(-1) / n
 
 
 def residuals(table: Ints) -> Floats:
@@ -80,57 +129,6 @@ def residuals(table: Ints) -> Floats:
     return np.divide(table - expected, np.sqrt(variance), out=np.zeros(table.shape), where=variance > ROUNDING)
 
 
-class Contrast(NamedTuple):
-    """Of a property of images and the label: the class that stands out most from the others of the same group cells."""
-
-    label: int
-    """That class; -1 where no class can be told from another, as of a property that is the same in all images."""
-    above: float
-    """Probability that an image of it has more of the property than one of another class in its cell: 0.5 is chance."""
-    low: float
-    high: float
-    """Where `above` lies by chance in 95 of 100 data sets, whichever class stands out."""
-    p: float
-    n: int
-    """Images of that class, or of all where none can be told."""
-
-
-def contrasts(values: Floats, labels: Ints, cells: Ints, seed: int = 0) -> list[Contrast]:
-    """For each of P properties [N, P], the class that it sets apart, beyond what the cells explain.
-
-    The test is the largest standardised rank sum of a class, ranks taken and labels permuted within cells (van Elteren
-    1960; Westfall & Young 1993 for the largest), so neither a majority nor a class of few rows decides it. Classes and
-    cells are [N].
-    """
-    names, label, in_class = np.unique(labels, return_inverse=True, return_counts=True)
-    order = np.argsort(cells, kind="stable")
-    label, cell = label[order], np.unique(cells[order], return_inverse=True)[1]
-    ranks = _ranks(values[order], cell)
-    table = contingency(label, cell, (len(names), int(cell.max()) + 1))
-    pairs = table * (table.sum(0) - table) / table.sum(0)
-    deviation = np.sqrt(pairs @ _variance(ranks, cell))
-    scale = np.divide(1, deviation, out=np.zeros(deviation.shape), where=deviation > ROUNDING)
-    by_label, starts = np.argsort(label, kind="stable"), np.cumsum(in_class) - in_class
-
-    def standing_out(rows: Ints) -> Floats:
-        return np.add.reduceat(ranks[rows[by_label]], starts) * scale
-
-    random = np.random.Generator(np.random.Philox(key=[seed, len(labels)]))
-    found = standing_out(np.arange(len(label)))
-    shuffles = (np.argsort(cell + random.random(len(cell))) for _ in range(REPLICATES))
-    null = np.stack([np.abs(standing_out(rows)).max(0) for rows in shuffles])
-    k, place = np.abs(found).argmax(0), np.arange(values.shape[1])
-    weight, sd = pairs.sum(1)[k], deviation[k, place]
-    told = sd > ROUNDING
-    unit = np.divide(sd, weight, out=np.full(len(k), np.nan), where=told)
-    above, chance = 0.5 + found[k, place] * unit, np.quantile(null, CHANCE, axis=0) * unit
-    p = np.where(told, _p(null, np.abs(found).max(0)), np.nan)
-    low, high = np.maximum(0.5 - chance, 0), np.minimum(0.5 + chance, 1)
-    label, n = np.where(told, names[k], -1), np.where(told, in_class[k], len(labels))
-    columns = (column.tolist() for column in (label, above, low, high, p, n))
-    return [Contrast._make(line) for line in zip(*columns, strict=True)]
-
-
 def holm(p: Floats) -> Floats:
     """[M] p values for which one false alarm among M tests is as likely as they say (Holm 1979); NaN is no test."""
     adjusted = np.full(len(p), np.nan)
@@ -140,22 +138,22 @@ def holm(p: Floats) -> Floats:
     return adjusted
 
 
-def _p(null: Floats, found: Floats) -> Floats:
+def step_down(found: Floats, null: Floats) -> Floats:
+    """[M] p values for which one false alarm among M tests is as likely as they say, of the statistics found, [M], and
+    their joint null, [B, M] (Westfall & Young 1993, step-down maxT); NaN is no test.
+
+    Each is standardised first, by all B + 1 of it.
+    """
+    every = np.concatenate([found[None], null])
+    centre, spread = every.mean(0), every.std(0)
+    every = np.divide(every - centre, spread, out=np.full(every.shape, np.nan), where=spread > ROUNDING)
+    order = np.argsort(-every[0])[: np.count_nonzero(~np.isnan(every[0]))]
+    largest = np.maximum.accumulate(every[1:, order[::-1]], axis=1)[:, ::-1]
+    adjusted = np.full(len(found), np.nan)
+    adjusted[order] = np.maximum.accumulate(empirical_p(largest, every[0, order]))
+    return adjusted
+
+
+def empirical_p(null: Floats, found: Floats | float) -> Floats:
     """Share of the replicates, along the first axis, that reach what was found, which is counted as one of them."""
     return (1 + (null >= found - ROUNDING).sum(0)) / (1 + len(null))
-
-
-def _ranks(values: Floats, cell: Ints) -> Floats:
-    """[N, P] place of each value among those of its cell, ties sharing theirs, from -0.5 to 0.5; cells come in turn."""
-    ranks = np.empty(values.shape)
-    edges = np.flatnonzero(np.diff(cell, prepend=-1, append=cell[-1] + 1))
-    for start, stop in pairwise(edges.tolist()):
-        ranks[start:stop] = (rankdata(values[start:stop], axis=0) - 0.5) / (stop - start) - 0.5
-    return ranks
-
-
-def _variance(ranks: Floats, cell: Ints) -> Floats:
-    """[C, P] within each cell, whose mean rank is 0; 0 in a cell of one row."""
-    starts = np.flatnonzero(np.diff(cell, prepend=-1))
-    sizes = np.diff(starts, append=len(cell))
-    return np.add.reduceat(ranks**2, starts) / np.maximum(sizes - 1, 1)[:, None]

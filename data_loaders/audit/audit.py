@@ -5,29 +5,33 @@ Each number comes with the rows it rests on and with what chance shows on as man
 
 import bisect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data_loaders.audit.associations import (
-    Association,
-    Contrast,
-    Floats,
-    association,
-    contingency,
-    contrasts,
-    holm,
-    residuals,
-)
+from data_loaders import manifest
+from data_loaders.audit.associations import Association, Floats, association, contingency, holm, residuals
+from data_loaders.audit.contrasts import Contrast, Skill, contrasts
+from data_loaders.audit.coverage import Coverage, Reference, coverage
 from data_loaders.audit.duplicates import Duplicates, duplicates
+from data_loaders.audit.missing import Missingness, missingness
 from data_loaders.audit.properties import PROPERTIES, Property, measure
 from data_loaders.audit.reading import of_images
+from data_loaders.audit.units import Divided, divided
 from data_loaders.augment import rng
 from data_loaders.index import Index, Ints
 
 BETA = 0.999
 """Of the effective number: rows beyond some 1 / (1 - BETA) of a class add little."""
+
+
+DRAWS = 999
+MOST_ENTRIES = 2**23
+"""Of the table of classes and values of a grouping."""
+GROUP_REPLICATES = 499
+"""Permutations for properties against groups, of which there may be many: the smallest p value is 1 / 500."""
 
 
 class ClassCount(NamedTuple):
@@ -46,6 +50,9 @@ class Classes(NamedTuple):
     """Rows of the largest class over those of the smallest, in the training split; NaN where a class has none."""
     effective: float
     """Classes of equal size that would be as even as these: exp of the entropy of the training labels."""
+    by_chance: float = math.nan
+    """99th percentile of the imbalance of as many rows whose classes are drawn evenly; all rows, where one may have
+    none."""
 
 
 class Group(NamedTuple):
@@ -68,14 +75,20 @@ class Group(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """A property of images against the label, in the training split, beyond what the groups explain."""
+    """A property of images against the label, or against a group column, in the training split."""
 
     property: Property
     label: str
-    """Class that stands out; empty where nothing can be told, as of a property that is the same in all images."""
+    """Class, or group, that stands out; empty where nothing can be told, as of a property that is the same in all."""
     contrast: Contrast
-    adjusted: float
-    """p, adjusted for the properties (Holm)."""
+    skill: Skill
+
+
+class OfGroup(NamedTuple):
+    """The properties against a group column, within classes. Groups may differ so by their nature: no finding."""
+
+    column: str
+    properties: list[Shown]
 
 
 class Audit(NamedTuple):
@@ -93,23 +106,50 @@ class Audit(NamedTuple):
     """Training rows whose images were measured."""
     at_most: int | None
     """Rows of a class that were measured at most; None where all were."""
+    of_groups: Sequence[OfGroup] = ()
+    missing: Missingness | None = None
+    units: Sequence[Divided] = ()
+    coverage: Coverage | None = None
+    """Of the training split, if a reference population was given."""
 
 
-def audit(index: Index, train: str, cap: int, seed: int = 0) -> Audit:
+class Asked(NamedTuple):
+    """What an audit is told beside the data set."""
+
+    reference: Reference | None = None
+    unit: str = ""
+    """A group column, or a column of `units`."""
+    units: Path | None = None
+    """CSV with the ids of rows as `path`, and their units."""
+
+
+def audit(index: Index, train: str, cap: int, asked: Asked = Asked(), seed: int = 0) -> Audit:
     """Of a data set whose training split is `train`; images of at most `cap` rows are measured."""
     rows = index.rows_of(train)
     most = quota(index.labels[rows], cap)
     measured = rows[sample(index.labels[rows], most, seed)]
+    units = divided(index, train, asked.unit, asked.units)
+    values = np.array(of_images(index, measured, measure, "measure"))
     return Audit(
         data=index.fingerprint,
         train=train,
         classes=class_counts(index, train),
         groups=[line for split in (train, *(s for s in index.splits if s != train)) for line in groups(index, split)],
         duplicates=duplicates(index, train),
-        properties=properties(index, measured),
+        properties=properties(index, measured, values),
         measured=len(measured),
         at_most=most if len(measured) < len(rows) else None,
+        of_groups=of_groups(index, measured, values),
+        missing=missingness(index, _dropped(index)),
+        units=units,
+        coverage=coverage(index, train, asked.reference, seed) if asked.reference else None,
     )
+
+
+def _dropped(index: Index) -> dict[tuple[str, ...], int]:
+    """Class and group values of dropped rows -> how many; of an index that is not of the newest generation, none."""
+    made = manifest.read(index.folder)
+    return dict(made.rejected.by_cell) if made.fingerprint == index.fingerprint else {}
 
 
 def class_counts(index: Index, train: str) -> Classes:
@@ -123,7 +163,16 @@ def class_counts(index: Index, train: str) -> Classes:
         ],
         float(n.max() / n.min()) if n.min() else math.nan,
         math.exp(-float(share @ np.log(share))),
+        _imbalance_by_chance(int(n.sum()), len(n)),
     )
+
+
+def _imbalance_by_chance(n: int, classes: int, seed: int = 0) -> float:
+    random = np.random.Generator(np.random.Philox(key=[seed, n]))
+    counts = random.multinomial(n, np.full(classes, 1 / classes), DRAWS)
+    least, most = counts.min(1), counts.max(1)
+    ratios = np.divide(most, least, out=np.full(DRAWS, float(n)), where=least > 0)
+    return float(np.quantile(ratios, 0.99, method="higher"))
 
 
 def effective_number(n: int, beta: float = BETA) -> float:
@@ -132,9 +181,13 @@ def effective_number(n: int, beta: float = BETA) -> float:
 
 
 def groups(index: Index, split: str) -> list[Group]:
-    """Each grouping against the label."""
+    """Each grouping against the label; without numbers where classes and values are too many for a table."""
     rows, found = index.rows_of(split), list[Group]()
     for name, values, code in _groupings(index):
+        if len(index.classes) * len(values) > MOST_ENTRIES:
+            nothing = Association(math.nan, math.nan, math.nan, len(rows), math.nan, math.nan, math.nan)
+            found.append(Group(split, name, nothing, math.nan, "", "", math.nan, math.nan, len(rows)))
+            continue
         table = contingency(index.labels[rows], code[rows], (len(index.classes), len(values)))
         told = association(table)
         k, g = np.unravel_index(np.abs(residuals(table)).argmax(), table.shape)
@@ -145,13 +198,23 @@ def groups(index: Index, split: str) -> list[Group]:
     return [line._replace(adjusted=float(p)) for line, p in zip(found, adjusted, strict=True)]
 
 
-def properties(index: Index, rows: Ints) -> list[Shown]:
-    """Each of the PROPERTIES against the label of these rows."""
-    values = np.array(of_images(index, rows, measure, "measure"))
-    found = contrasts(values, index.labels[rows], index.occurring_cells()[1][rows])
-    adjusted: Floats = holm(np.array([contrast.p for contrast in found]))
-    names = [index.classes[contrast.label] if contrast.label >= 0 else "" for contrast in found]
-    return [Shown(*line) for line in zip(PROPERTIES, names, found, adjusted.tolist(), strict=True)]
+def properties(index: Index, rows: Ints, values: Floats) -> list[Shown]:
+    """Each of the PROPERTIES [N, P] against the label of these rows, beyond what the groups explain."""
+    return _shown(contrasts(values, index.labels[rows], index.occurring_cells()[1][rows]), index.classes)
+
+
+def of_groups(index: Index, rows: Ints, values: Floats) -> list[OfGroup]:
+    """The same against each group column, beyond what the classes explain."""
+    found = list[OfGroup]()
+    for a, (column, names) in enumerate(index.group_values.items()):
+        told = contrasts(values, index.groups[rows, a], index.labels[rows], replicates=GROUP_REPLICATES)
+        found.append(OfGroup(column, _shown(told, names)))
+    return found
+
+
+def _shown(found: list[tuple[Contrast, Skill]], names: Sequence[str]) -> list[Shown]:
+    told = [names[contrast.label] if contrast.label >= 0 else "" for contrast, _ in found]
+    return [Shown(p, name, *line) for p, name, line in zip(PROPERTIES, told, found, strict=True)]
 
 
 def quota(labels: Ints, cap: int) -> int:

@@ -2,7 +2,8 @@
 
 Exact copies are found by checksum and length in the index, and only those are read, to be sure. Near copies (encoded
 again, resized, cropped a little, brightened, captioned) are sought across splits: those whose looks in the index are
-alike are read, and their details compared.
+alike are read, and their details compared. How many are alike by chance is judged by the same search among mirrored
+training images, of which there are no copies (as decoys: Elias and Gygi 2007).
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from data_loaders.audit.reading import of_images
 from data_loaders.examine import small_grey
 from data_loaders.formats.read import read_header
 from data_loaders.index import Index, Ints
+from data_loaders.look import ACROSS
 
 LISTED = 20
 PAIRS = 100_000
@@ -25,6 +27,8 @@ PAIRS = 100_000
 HUB = 8
 """Images of one split with the very same look of which no more are compared: flat and empty ones come in thousands."""
 AT_ONCE = 512
+MIRROR = np.uint64(int.from_bytes(np.packbits(ACROSS % 2 == 1).tobytes(), "big"))
+"""Bits of a look that turn when the picture is mirrored: those of waves that are odd across it."""
 
 
 class Copy(NamedTuple):
@@ -58,6 +62,8 @@ class Near(NamedTuple):
     """Split -> rows of it that have a near copy in the training split, and no exact one."""
     listed: list[NearPair]
     """The first pairs, those with the training split first, then the most alike."""
+    by_chance: int = 0
+    """Rows that are as near to a mirrored image of the training split: about as many of `leaked` are no copies."""
 
 
 class Duplicates(NamedTuple):
@@ -124,17 +130,17 @@ def near_copies(index: Index, train: str, leaking: NDArray[np.bool_]) -> Near:
     looked = images[index.look[images] != 0]
     chosen = looked[_ranks(index.look[looked], index.split[looked]) < HUB]
     look, split, files = index.look[chosen], index.split[chosen].astype(np.int64), _files(index)
-    bits = reach(look, split, PAIRS)
+    bits, in_train = reach(look, split, PAIRS), index.splits.index(train)
     left, right = _nearest(look, split, bits)
     unlike = files[chosen[left]] != files[chosen[right]]
     left, right = chosen[left[unlike]], chosen[right[unlike]]
     alike = _likeness(index, left, right)
     good = alike >= ALIKE
     left, right, alike = left[good], right[good], alike[good]
-    in_train = index.splits.index(train)
     with_train = (index.split[left] == in_train) | (index.split[right] == in_train)
-    found = np.zeros(len(images), bool)
+    found, decoys = np.zeros(len(images), bool), np.zeros(len(images), bool)
     found[image[left[with_train]]] = found[image[right[with_train]]] = True
+    decoys[image[_near_mirrored(index, chosen, bits, in_train)]] = True
     order = np.lexsort((right, left, -alike, ~with_train))[:LISTED].tolist()
     return Near(
         bits=bits if len(look) else -1,
@@ -143,7 +149,18 @@ def near_copies(index: Index, train: str, leaking: NDArray[np.bool_]) -> Near:
         pairs=len(left),
         leaked=_by_split(index, found[image] & ~leaking, train),
         listed=[NearPair(float(alike[i]), [_copy(index, int(side[i])) for side in (left, right)]) for i in order],
+        by_chance=sum(_by_split(index, decoys[image] & ~leaking, train).values()),
     )
+
+
+def _near_mirrored(index: Index, chosen: Ints, bits: int, in_train: int) -> Ints:
+    """Rows of other splits that are nearly the same as a mirrored image of the training split."""
+    trains = index.split[chosen] == in_train
+    left, right = _nearest(
+        np.where(trains, index.look[chosen] ^ MIRROR, index.look[chosen]), trains.astype(np.int64), bits
+    )
+    left, right = chosen[np.where(trains[left], right, left)], chosen[np.where(trains[left], left, right)]
+    return left[_likeness(index, left, right, mirrored=True) >= ALIKE]
 
 
 def _nearest(look: NDArray[np.uint64], split: Ints, bits: int) -> tuple[Ints, Ints]:
@@ -155,15 +172,16 @@ def _nearest(look: NDArray[np.uint64], split: Ints, bits: int) -> tuple[Ints, In
     return left[nearest], right[nearest]
 
 
-def _likeness(index: Index, left: Ints, right: Ints) -> NDArray[np.float64]:
-    """Of both rows of each pair; each image is read once."""
+def _likeness(index: Index, left: Ints, right: Ints, mirrored: bool = False) -> NDArray[np.float64]:
+    """Of both rows of each pair, the right one `mirrored`; each image is read once."""
     rows, place = np.unique(np.concatenate([left, right]), return_inverse=True)
     pictures = of_images(index, rows, _small, "compare")
     a, b = place[: len(left)], place[len(left) :]
     found = [np.zeros(0)]
     for start in range(0, len(left), AT_ONCE):
         sides = (np.stack([pictures[p] for p in side[start : start + AT_ONCE]]).astype(np.float32) for side in (a, b))
-        found.append(likeness(*sides))
+        one, other = sides
+        found.append(likeness(one, np.ascontiguousarray(other[:, :, ::-1]) if mirrored else other))
     return np.concatenate(found)
 
 

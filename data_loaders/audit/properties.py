@@ -6,8 +6,10 @@ import numpy as np
 from PIL import Image
 
 from data_loaders.audit.associations import Floats
+from data_loaders.audit.finding import Bias
 from data_loaders.decode import Pixels, decode
 from data_loaders.formats.header import PIXEL_CAP
+from data_loaders.formats.read import read_header
 
 LONGEST = 64
 """Longest side that is measured, in pixels; larger images are averaged down."""
@@ -26,6 +28,8 @@ class Property(NamedTuple):
     meaning: str
     of_object: bool
     """Whether the objects of a class may have it by themselves."""
+    bias: Bias = "feature"
+    """What it is a sign of: the place of the object is spatial, all else is a feature that a model may learn."""
 
 
 PROPERTIES = (
@@ -33,15 +37,20 @@ PROPERTIES = (
     Property("contrast", "standard deviation of luma", True),
     Property("red_green", "log of mean red over mean green", True),
     Property("blue_green", "log of mean blue over mean green", True),
-    Property("border_brightness", "mean luma of the border", False),
-    Property("border_contrast", "standard deviation of the border's luma", False),
-    Property("border_red_green", "log of the border's red over its green", False),
-    Property("border_blue_green", "log of the border's blue over its green", False),
-    Property("off_centre", "distance from the centre of what differs from the border", False),
+    Property("colourfulness", "spread and mean of the opponent colours (Hasler and Süsstrunk 2003)", True),
+    Property("sharpness", "log of the variance of the Laplacian of luma", True),
+    Property("border_brightness", "median luma of the border", False),
+    Property("border_contrast", "median distance of the border's luma from its median", False),
+    Property("border_red_green", "log of the border's median red over its median green", False),
+    Property("border_blue_green", "log of the border's median blue over its median green", False),
+    Property("off_centre", "distance from the centre of what differs from the border", False, "spatial"),
     Property("aspect", "log of width over height", False),
     Property("pixels", "log of width times height", False),
+    Property("quality", "quality of a JPEG, 1 to 100; 0 of other files", False),
     Property("bytes_per_pixel", "log of bytes of the file for each pixel", True),
 )
+"""Those of the border are medians: an object that reaches into it, which those of one class may do more often, is not
+to be taken for the surroundings."""
 
 
 def measure(content: bytes, pixel_cap: int = PIXEL_CAP) -> Floats:
@@ -50,8 +59,11 @@ def measure(content: bytes, pixel_cap: int = PIXEL_CAP) -> Floats:
     height, width = pixels.shape[:2]
     small = reduced(pixels).astype(np.float32)
     edge = border(*small.shape[:2])
-    file = np.log([width / height, width * height, len(content) / (width * height)])
-    return np.concatenate([_light(small.reshape(-1, 3)), _light(small[edge]), [off_centre(small, edge)], file])
+    quality = read_header(content, pixel_cap, whole=False).quality
+    size = np.log([width / height, width * height])
+    file = [*size, quality, np.log(len(content) / (width * height))]
+    whole = [*_light(small.reshape(-1, 3)), _colourfulness(small.reshape(-1, 3)), _sharpness(small @ LUMA)]
+    return np.array([*whole, *_surroundings(small[edge]), off_centre(small, edge), *file], np.float64)
 
 
 def reduced(pixels: Pixels) -> Pixels:
@@ -88,7 +100,33 @@ def off_centre(pixels: np.ndarray, edge: np.ndarray) -> float:
     return float(np.hypot(x, y) / total) if total > 0 else 0.0
 
 
-def _light(pixels: np.ndarray) -> Floats:
-    """Brightness, contrast and both logs of colour of pixels [M, 3], each one raised by 1 so that black has a log."""
-    luma, (red, green, blue) = pixels @ LUMA, np.log(pixels.mean(0, dtype=np.float64) + 1)
-    return np.array([luma.mean(), luma.std(), red - green, blue - green])
+def _light(pixels: np.ndarray) -> tuple[float, ...]:
+    """Brightness, contrast and both logs of colour of pixels [M, 3]."""
+    luma = pixels @ LUMA
+    return float(luma.mean()), float(luma.std()), *_colours(pixels.mean(0, dtype=np.float64))
+
+
+def _surroundings(pixels: np.ndarray) -> tuple[float, ...]:
+    """The same of the border, [M, 3], by medians."""
+    luma = pixels @ LUMA
+    middle = float(np.median(luma))
+    return middle, float(np.median(np.abs(luma - middle))), *_colours(np.median(pixels, 0).astype(np.float64))
+
+
+def _colours(rgb: np.ndarray) -> tuple[float, float]:
+    """Logs of red and of blue over green, each raised by 1 so that black has a log."""
+    red, green, blue = np.log(rgb + 1)
+    return red - green, blue - green
+
+
+def _colourfulness(pixels: np.ndarray) -> float:
+    red, green, blue = pixels.astype(np.float64).T
+    opponents = np.stack([red - green, (red + green) / 2 - blue])
+    return float(np.hypot(*opponents.std(1)) + 0.3 * np.hypot(*opponents.mean(1)))
+
+
+def _sharpness(luma: np.ndarray) -> float:
+    """Of luma [height, width] (Pech-Pacheco et al. 2000); raised by 1 so that a flat picture has a log."""
+    around = np.pad(luma, 1, mode="edge")
+    laplacian = around[:-2, 1:-1] + around[2:, 1:-1] + around[1:-1, :-2] + around[1:-1, 2:] - 4 * luma
+    return float(np.log(laplacian.var() + 1))

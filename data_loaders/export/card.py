@@ -12,7 +12,7 @@ import yaml
 from data_loaders import manifest
 from data_loaders.audit.audit import Audit, class_counts, groups
 from data_loaders.audit.duplicates import duplicates
-from data_loaders.audit.summary import findings
+from data_loaders.audit.findings import findings
 from data_loaders.contents.counts import tables
 from data_loaders.contents.overview import LEAST, Overview
 from data_loaders.contents.sizes import Spread
@@ -58,7 +58,7 @@ def imbalances(index: Index, o: Overview) -> list[str]:
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not one of ours
         tree = json.loads(manifest.content_of(index.folder / "audit.json", manifest.SIZE_CAP))
         if tree["data"] == index.fingerprint:
-            return [str(finding) for finding in tree["findings"]]
+            return [str(finding["text"]) for finding in tree["findings"]]
     found = Audit(
         data=index.fingerprint,
         train=o.train,
@@ -69,7 +69,7 @@ def imbalances(index: Index, o: Overview) -> list[str]:
         measured=0,
         at_most=None,
     )
-    return list(findings(found))
+    return [finding.text for finding in findings(found)]
 
 
 def small_cells(o: Overview) -> int:

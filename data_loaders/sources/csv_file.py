@@ -118,8 +118,9 @@ class Csv(Source):
         _, header = next(records(place), (1, []))
         header = [name.strip() for name in header]
         optional = [self.split_by, None if split else self.split_column]
-        wanted = [self.path_column]
-        wanted += [self.label_column, *self.group_columns, *filter(None, optional)] if labelled else []
+        groups = self.group_columns if labelled or set(self.group_columns) <= set(header) else ()
+        wanted = [self.path_column, *([self.label_column] * labelled), *groups]
+        wanted += filter(None, optional) if labelled else []
         seen = ", ".join(_told(name, root) if name.isprintable() else repr(_told(name, root)) for name in header)
         fix = f"there are: {seen}" if any(header) else "begin the file with the names of its columns"
         if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), "")):
@@ -138,12 +139,13 @@ class Csv(Source):
     def _rows(self, table: "_Table") -> Iterator[Row | Rejected]:
         name, id_of, columns = plain(shown(table.place)), table.root.id_of, table.columns
         labelled = self.label_column in columns
-        roles = [self.path_column, *((self.label_column, *self.group_columns) if labelled else ())]
+        roles = [self.path_column, *([self.label_column] * labelled), *(c for c in self.group_columns if c in columns)]
         split_at = len(roles) if self.split_column in columns and not table.split else 0
         roles += [self.split_column] if self.split_column and split_at else []
         unit_at = len(roles) if self.split_by in columns else 0
         roles += [self.split_by] if self.split_by and unit_at else []
-        used, last_group = [columns[role] for role in roles], 2 + len(self.group_columns)
+        used, first = [columns[role] for role in roles], 1 + labelled
+        last = len(roles) - bool(split_at) - bool(unit_at)
         splits, query = {table.split}, "?" if is_http(table.root.place) else "\0"
         found = records(table.place)
         next(found, None)
@@ -155,7 +157,7 @@ class Csv(Source):
                     splits.add(given)
                 image = id_of(values[0]) if all(values) and given in splits and query not in values[0] else None
                 if image is not None:
-                    label, groups = (values[1], tuple(values[2:last_group])) if labelled else ("", ())
+                    label, groups = values[1] if labelled else "", tuple(values[first:last])
                     unit = values[unit_at] if unit_at else ""
                     yield Row(f"{name}:{line}", image, label, groups, given, unit, table.place_of_images)
                     continue

@@ -35,9 +35,12 @@ VENUES = ("restaurant", "home", "street")
 CAMERAS = ("phone", "slr")
 SPLITS = {"train": 0.57, "val": 0.12, "test": 0.17, "test_balanced": 0.14}
 COLUMNS = ("path", "label", "venue", "camera", "split", "photographer", "taken_at")
+TRUE_LABEL = "true_label"
 PHOTOGRAPHERS = ("ada", "bo", "chen", "dara", "eli", "femi", "gus", "hana", "ines", "jo", "kofi", "lena")
 STAMP = "demo.json"
 DRAWING = 1  # raised when the pictures change, so that an older set on disk is drawn again
+ENCODED_ANEW = 75  # JPEG quality below which a copy is encoded 20 better, and from which on 20 worse
+MISLABELLING, LEAKING = 2**63, 2**63 + 1  # streams of random numbers, far from those of the rows
 BATCH = 8  # images; more of them fall out of the processor's cache: 64 take 1.9 times as long
 
 VENUE_OF_CLASS = np.array([[0.15, 0.15, 0.7], [0.7, 0.15, 0.15], [0.15, 0.7, 0.15]])  # [class, venue], at strength 1
@@ -83,6 +86,12 @@ class Demo(Source):
     """Share of the train and val rows whose colour cast is set by the class; the others draw theirs; 0 is off."""
     spatial_bias: Share = 1.0
     """Share of the train and val desserts that are exactly centred; the others lie anywhere; 0 is off."""
+    leakage: Share = 0.0
+    """Share of the val and test rows that show a train image of their class again, half of them encoded anew; 0 is
+    off."""
+    label_noise: Share = 0.0
+    """Share of the train rows listed as the next class (food as drinks, drinks as desserts, desserts as food); the CSV
+    then has a column `true_label` too. 0 is off."""
 
     @property
     def group_names(self) -> tuple[str, ...]:
@@ -118,12 +127,12 @@ class Demo(Source):
         progress = Progress("draw", self.images, "images")
         drawn = 0
         for rows in batches(plan):
-            pixels, _ = render(plan.take(rows), self.size, [_rng(self.seed, 2 + row) for row in rows])
+            pixels, _ = render(plan.take(rows), self.size, [_rng(self.seed, 2 + row) for row in plan.original[rows]])
             for row, image in zip(rows, pixels, strict=True):
                 Image.fromarray(image).save(self.folder / plan.path(row), quality=int(plan.quality[row]))
             drawn += len(rows)
             progress.show(drawn)
-        _write_csv(labels, plan, _rng(self.seed, 1))
+        _write_csv(labels, plan, _rng(self.seed, 1), true_labels=self.label_noise > 0)
         return labels
 
 
@@ -156,6 +165,10 @@ class Plan(NamedTuple):
     """[N, RGB] of the table."""
     free: Floats
     """[N, 32] uniform draws 0..1 for all other variation."""
+    listed: Ints
+    """The class that the CSV says; another than `label` where the label is noise."""
+    original: Ints
+    """The row whose image this one shows again; the row itself where nothing leaks."""
 
     def take(self, rows: Ints) -> "Plan":
         return Plan._make(column[rows] for column in self)
@@ -165,7 +178,7 @@ class Plan(NamedTuple):
 
 
 def plan_rows(demo: Demo) -> Plan:
-    """The parameters of every image. A plant takes no random draws of its own: turned off, it changes nothing else."""
+    """The parameters of every image. Plants share their random draws: one that is turned off changes nothing else."""
     rng = _rng(demo.seed, 0)
     split, label, number = _cells(demo)
     n, names = len(label), list(SPLITS)
@@ -186,7 +199,30 @@ def plan_rows(demo: Demo) -> Plan:
     light, free = rng.uniform(-0.25, 0.25, (n, 2)), rng.random((n, 32))
     quality = QUALITY[camera] + rng.integers(-8, 9, n)
     reals = (a.astype(np.float32) for a in (centre, scale, turn, light, colours, surface, free))
-    return Plan._make([split, label, number, subkind, venue, camera, cast, quality, *reals])
+    own = np.arange(n)
+    drawn = Plan._make([split, label, number, subkind, venue, camera, cast, quality, *reals, label, own])
+    return _leaked(demo, _mislabelled(demo, drawn))
+
+
+def _mislabelled(demo: Demo, plan: Plan) -> Plan:
+    draw = _rng(demo.seed, MISLABELLING).random(len(plan.label))
+    wrong = (draw < demo.label_noise) & (plan.split == 0)
+    return plan._replace(listed=np.where(wrong, (plan.label + 1) % len(CLASSES), plan.label))
+
+
+def _leaked(demo: Demo, plan: Plan) -> Plan:
+    """Rows of val and test whose draw is below the share become a train row of their class: with its venue, camera and
+    listed label, since those are of the image, but a place in the split of their own."""
+    leaks, again, anew = _rng(demo.seed, LEAKING).random((3, len(plan.label)))
+    original = plan.original.copy()
+    for label in range(len(CLASSES)):
+        train = np.flatnonzero((plan.split == 0) & (plan.label == label))
+        rows = (leaks < demo.leakage) & (plan.split > 0) & (plan.split < len(SPLITS) - 1) & (plan.label == label)
+        original[rows] = train[(again[rows] * len(train)).astype(int)]
+    quality = plan.quality[original]
+    other = (original != plan.original) & (anew < 0.5)
+    quality = np.where(other, np.where(quality < ENCODED_ANEW, quality + 20, quality - 20), quality)
+    return plan.take(original)._replace(split=plan.split, number=plan.number, quality=quality, original=original)
 
 
 def batches(plan: Plan) -> Iterator[Ints]:
@@ -490,7 +526,7 @@ def _prepare(folder: Path, settings: dict[str, object]) -> None:
     (folder / STAMP).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_csv(path: Path, plan: Plan, rng: np.random.Generator) -> None:
+def _write_csv(path: Path, plan: Plan, rng: np.random.Generator, true_labels: bool) -> None:
     """Shuffled rows; the photographer and the time depend on nothing."""
     order = rng.permutation(len(plan.label))
     people = rng.choice(PHOTOGRAPHERS, len(order))
@@ -498,9 +534,9 @@ def _write_csv(path: Path, plan: Plan, rng: np.random.Generator) -> None:
     part = path.with_suffix(".csv.part")
     with part.open("w", newline="", encoding="utf-8") as file:
         write = csv.writer(file, lineterminator="\n").writerow
-        write(COLUMNS)
+        write((*COLUMNS, TRUE_LABEL) if true_labels else COLUMNS)
         for row, person, time in zip(order, people, times, strict=True):
-            split, label, _, _, venue, camera = (int(column[row]) for column in plan[:6])
-            names = CLASSES[label], VENUES[venue], CAMERAS[camera], list(SPLITS)[split]
-            write((plan.path(row), *names, person, time.isoformat()))
+            told = CLASSES[plan.listed[row]], VENUES[plan.venue[row]], CAMERAS[plan.camera[row]]
+            cells = plan.path(row), *told, list(SPLITS)[plan.split[row]], person, time.isoformat()
+            write((*cells, CLASSES[plan.label[row]]) if true_labels else cells)
     os.replace(part, path)

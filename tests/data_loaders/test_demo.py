@@ -178,6 +178,67 @@ def test_a_plant_that_is_turned_off_changes_nothing_else():
         np.testing.assert_array_equal(getattr(on, name), getattr(off, name), err_msg=name)
 
 
+def test_leaked_rows_show_a_train_image_of_their_class_half_of_them_encoded_anew():
+    plan = demo.plan_rows(Demo(images=6000, leakage=0.2))
+    leaks = plan.original != np.arange(6000)
+    held_out = (plan.split == VAL) | (plan.split == TEST)
+    assert not leaks[~held_out].any()
+    assert leaks[held_out].mean() == pytest.approx(0.2, abs=0.03)
+    own = plan.original[leaks]
+    assert (plan.split[own] == TRAIN).all()
+    for column in (plan.label, plan.listed, plan.venue, plan.camera, plan.subkind):
+        np.testing.assert_array_equal(column[leaks], column[own])
+    anew = plan.quality[leaks] != plan.quality[own]
+    assert anew.mean() == pytest.approx(0.5, abs=0.1)
+    assert (abs(plan.quality[leaks] - plan.quality[own])[anew] == 20).all()
+    assert plan.quality.max() <= 98
+    assert (plan.listed == plan.label).all()
+
+
+def test_copies_that_are_not_encoded_anew_are_the_very_bytes(tmp_path: Path):
+    settings = Demo(folder=tmp_path, images=300, size=16, leakage=0.5)
+    plan, labels = demo.plan_rows(settings), settings.draw()
+    leaks = np.flatnonzero(plan.original != np.arange(300))
+    assert len(leaks) > 20
+    for row in leaks.tolist():
+        of = int(plan.original[row])
+        files = [(labels.parent / plan.path(r)).read_bytes() for r in (row, of)]
+        assert (files[0] == files[1]) == (plan.quality[row] == plan.quality[of])
+
+
+def test_label_noise_lists_train_rows_as_the_next_class_and_keeps_the_truth(tmp_path: Path):
+    plan = demo.plan_rows(Demo(images=6000, label_noise=0.1))
+    wrong = plan.listed != plan.label
+    assert not wrong[plan.split != TRAIN].any()
+    assert wrong[plan.split == TRAIN].mean() == pytest.approx(0.1, abs=0.02)
+    np.testing.assert_array_equal(plan.listed[wrong], (plan.label[wrong] + 1) % 3)
+    rows = read(Demo(folder=tmp_path, images=300, size=16, label_noise=0.1).draw())
+    assert list(rows[0]) == [*demo.COLUMNS, demo.TRUE_LABEL]
+    assert {row["true_label"] for row in rows} == set(CLASSES)
+    assert any(row["true_label"] != row["label"] for row in rows)
+    assert all(row["true_label"] in row["path"] for row in rows)
+
+
+def test_a_leaked_copy_of_a_wrongly_labelled_image_keeps_its_label():
+    plan = demo.plan_rows(Demo(images=6000, label_noise=0.3, leakage=0.3))
+    np.testing.assert_array_equal(
+        plan.listed[plan.original != np.arange(6000)], plan.listed[plan.original][plan.original != np.arange(6000)]
+    )
+    assert (plan.listed != plan.label)[plan.split == TEST].any()
+
+
+def test_leakage_and_label_noise_change_no_other_row():
+    off, on = demo.plan_rows(Demo(images=900)), demo.plan_rows(Demo(images=900, leakage=0.3, label_noise=0.3))
+    kept = np.flatnonzero(on.original == np.arange(900))
+    for name in set(Plan._fields) - {"listed"}:
+        np.testing.assert_array_equal(getattr(on, name)[kept], getattr(off, name)[kept], err_msg=name)
+
+
+@pytest.mark.parametrize(("seed", "expected"), [(0, "31198f41e748265c"), (3, "7d6b0b448eeb2cdc")])
+def test_the_images_without_them_are_those_of_before_they_could_be_planted(tmp_path: Path, seed: int, expected: str):
+    assert bytes_of(Demo(folder=tmp_path, images=120, size=32, seed=seed).draw().parent).startswith(expected)
+
+
 def test_the_groups_differ_in_light_and_in_noise():
     plan = _split(demo.plan_rows(Demo(images=600)), TRAIN)
     pixels = pictures(plan)[0].astype(float)

@@ -299,7 +299,9 @@ def test_a_card_tells_every_count_and_marks_what_nobody_said(odd: Path, tmp_path
 def test_a_card_tells_the_findings_of_an_audit_of_the_same_data_only(odd: Path, tmp_path: Path):
     shutil.copytree(odd, tmp_path / "data")
     for data, told in ((open_index(odd).fingerprint, True), ("0" * 16, False)):
-        (tmp_path / "data/audit.json").write_text(json.dumps({"data": data, "findings": ["The moon is *large*"]}))
+        (tmp_path / "data/audit.json").write_text(
+            json.dumps({"data": data, "findings": [{"text": "The moon is *large*"}]})
+        )
         write_cards(tmp_path / "data", None, tmp_path, About())
         assert (r"- The moon is \*large\*" in (tmp_path / "README.md").read_text()) is told
         assert ("The moon is *large*" in (tmp_path / "croissant.json").read_text()) is told

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_loaders import loader
-from data_loaders.audit.audit import properties
+from data_loaders.audit.properties import measure
+from data_loaders.audit.reading import of_images
 from data_loaders.augment import PadCrop, Plain, Standard, centred, rng
 from data_loaders.contents.overview import overview, read
 from data_loaders.contents.page import write as write_page
@@ -132,7 +133,7 @@ def test_a_stream_that_is_left_early_closes_its_files(dataset: Path):
         )
         next(stream)
         stream.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_files_outside_of_a_data_set_are_read_and_bad_ones_told(dataset: Path, tmp_path: Path):
@@ -156,7 +157,7 @@ READERS: dict[str, Callable[[Path, Path], object]] = {
     "torch": lambda data, _: [ShardDataset(data)[item][0].size for item in range(4)],
     "page": lambda data, out: paged(data, out / "page.html"),
     "stats": lambda data, _: channels(open_index(data), np.arange(4)),
-    "audit": lambda data, _: properties(open_index(data), np.arange(4)),
+    "audit": lambda data, _: of_images(open_index(data), np.arange(4), measure, "measure"),
 }
 
 

@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from benchmarks import near_copies
 from data_loaders.audit import duplicates as searched
-from data_loaders.audit.duplicates import duplicates
+from data_loaders.audit.duplicates import MIRROR, duplicates
+from data_loaders.audit.findings import beyond_chance
 from data_loaders.audit.likeness import ALIKE, likeness
 from data_loaders.audit.looks import pairs_within, reach
 from data_loaders.audit.summary import near
@@ -23,7 +24,7 @@ from data_loaders.examine import examine, small_grey
 from data_loaders.formats.read import read_header
 from data_loaders.index import Index, open_index
 from data_loaders.ingest import Ingest, in_processes, ingest
-from data_loaders.look import LOOKS_ALIKE
+from data_loaders.look import LOOKS_ALIKE, SIDE, look_of
 from data_loaders.sources.csv_file import Csv
 
 RANDOM = np.random.default_rng(0)
@@ -253,3 +254,14 @@ def test_the_benchmark_says_that_a_folder_has_no_photograph(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("none")
     with pytest.raises(SystemExit, match="has no photograph"):
         near_copies.main(tmp_path)
+
+
+def test_a_mirrored_picture_has_the_look_with_the_bits_of_odd_waves_turned():
+    for seed in range(20):
+        picture = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE)).astype(np.uint8)
+        assert look_of(picture[:, ::-1]) == look_of(picture) ^ int(MIRROR)
+
+
+def test_what_is_as_often_near_to_mirrored_images_is_no_finding():
+    assert [beyond_chance(*counts) for counts in ((1, 0), (1, 2), (9, 9), (6, 0))] == [False] * 4
+    assert [beyond_chance(*counts) for counts in ((7, 0), (42, 1), (90, 40))] == [True] * 3
