@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from data_loaders import manifest
 from data_loaders.augment import AnyAugmentation, Standard, centred, rng
@@ -24,7 +24,7 @@ from data_loaders.faults import Fault
 from data_loaders.formats.header import PIXEL_CAP
 from data_loaders.index import DamagedRow, Index, Ints, Reader, open_index
 from data_loaders.manifest import SHARDS
-from data_loaders.sampler import AnySampler, Sampler, Stratified
+from data_loaders.sampler import AnySampler, Sampler, Stratified, scramble
 from data_loaders.settings import Settings
 from data_loaders.shards import rejected
 from data_loaders.sources.rows import Rejected, Row, Source, Unreadable
@@ -42,6 +42,8 @@ class Data(Settings):
     """Of the data set; by default the newest when a run begins, which then stays with it."""
     train: str = TRAIN
     """Split to learn from."""
+    fraction: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the rows of each class that is learnt from, one row at least; a smaller share is a part of a larger."""
     validation: str = "val"
     """Split to calibrate on."""
     size: PositiveInt = 64
@@ -60,6 +62,16 @@ class Data(Settings):
     def index(self) -> Index:
         """Of the data set."""
         return open_index(self.path, self.generation)
+
+    def training_rows(self, index: Index) -> Ints:
+        """Rows of the data set that are learnt from, in its order: of each class those of least checksum."""
+        rows = index.rows_of(self.train)
+        if self.fraction == 1:
+            return rows
+        order = np.lexsort((scramble(index.crc32c[rows].astype(np.uint64)), index.labels[rows]))
+        sizes = np.bincount(index.labels[rows])
+        place = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return np.sort(rows[order[place < np.repeat(np.ceil(self.fraction * sizes), sizes)]])
 
     def pinned(self, former: "Data | None" = None) -> "Data":
         """With a whole path and a generation: that of the run before, or the newest."""

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+from pydantic import NonNegativeInt
+
 from data_loaders.faults import Fault, Refusal
 from data_loaders.settings import Settings
 from jobs.command import command
@@ -19,6 +21,8 @@ class Evaluate(Settings):
     """Splits to evaluate; by default all but the training split."""
     data: Path | None = None
     """Folder of the data set; by default the one the run was trained on."""
+    smallest_cell: NonNegativeInt = 0
+    """Groups and cells of fewer images are left out of metrics.parquet, for the sake of those on them."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where the model runs."""
 
@@ -34,6 +38,7 @@ def run(settings: Evaluate) -> None:
 
 def evaluate_run(settings: Evaluate) -> tuple[str, ...]:
     """Evaluates, and leaves the results in the run's folder; the splits that it did."""
+    import pyarrow as pa
     import pyarrow.parquet
     import torch
 
@@ -42,7 +47,7 @@ def evaluate_run(settings: Evaluate) -> tuple[str, ...]:
     from trainer import evaluate
     from trainer.checkpoint import load_model
     from trainer.context import Local, device_for
-    from trainer.metrics.long_table import rows, table
+    from trainer.metrics.long_table import table_of
     from trainer.report.page import read_run, weights_of
 
     device = device_for(settings.device)
@@ -60,15 +65,18 @@ def evaluate_run(settings: Evaluate) -> tuple[str, ...]:
         index.rows_of(split)  # refuses an unknown one before any is evaluated
     facts = {"data": index.fingerprint, "groups": index.group_values, "model": durable.sha256(weights_of(settings.run))}
     for split in splits:
-        found = evaluate.evaluate(trained.model, trained.ledger, index, data, split, Local(settings.run, device))
+        others = None if split in (data.train, data.validation) else trained.validation
+        context = Local(settings.run, device)
+        found = evaluate.evaluate(trained.model, trained.ledger, index, data, split, context, others)
         evaluate.save(out, found, facts)
-    lines = [
-        line
+    tables = [
+        table_of(
+            s.tally, s.classes, s.group_values, settings.smallest_cell, run=s.run, split=s.split, view=s.view, step=None
+        )
         for s in read_run(settings.run).subjects
-        for line in rows(s.tally, s.classes, s.group_values, run=s.run, split=s.split, view=s.view, step=None)
     ]
     with durable.writing(out / "metrics.parquet") as aside:
-        pyarrow.parquet.write_table(table(lines), aside)
+        pyarrow.parquet.write_table(pa.concat_tables(tables), aside)
     return splits
 
 

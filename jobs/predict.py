@@ -10,6 +10,7 @@ from data_loaders.settings import Settings
 from data_loaders.sources.csv_file import Csv
 from data_loaders.sources.folder import Folder
 from jobs.command import command
+from trainer.decision.conformal import Conformal
 from trainer.decision.ledger import Decision
 
 EXAMPLE = "python -m jobs.predict run=runs/balanced source.kind=folder source.path=photos out=predictions.csv"
@@ -26,6 +27,13 @@ class Predict(Settings):
     """A .parquet or .csv file."""
     decision: Decision | None = None
     """Another prior of use, or other costs, than the model was trained with; what is not given stays as it was."""
+    estimate_prior: Literal["em", "bbse"] | None = None
+    """Estimates the prior of use from these very images, if only that differs from the validation rows (label shift):
+    em takes the likeliest prior (Saerens et al. 2002), bbse inverts the confusion (Lipton et al. 2018). The estimate is
+    printed with its interval, and lies beside the predictions as JSON."""
+    conformal: Conformal | None = None
+    """Adds a column `set`: the classes that the image may be of, so that the true one is missing from at most alpha of
+    the sets. With `by=group`, the source needs the run's group columns."""
 
     @field_validator("out")
     @classmethod
@@ -37,40 +45,45 @@ class Predict(Settings):
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where the model runs."""
 
+    def faults(self) -> list[Fault]:
+        given = self.decision is not None and "prior" in self.decision.model_fields_set
+        both = Fault("decision.prior", "is given, and is to be estimated", "leave out decision.prior or estimate_prior")
+        return [both] * (given and self.estimate_prior is not None)
+
 
 def run(settings: Predict) -> None:
+    import json
+
     import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.parquet
 
     from data_loaders import durable
-    from data_loaders.progress import Progress
     from data_loaders.rejects import write_rejected
     from data_loaders.sources.rows import Rejected, Row
     from trainer.checkpoint import load_model
     from trainer.context import device_for
-    from trainer.predict import predict
+    from trainer.predict import predict, save
 
     durable.lasting(settings.out, "out")
     trained = load_model(settings.run / "model", device_for(settings.device))
+    groups = json.loads((settings.run / "model" / "facts.json").read_bytes())["groups"]
     asked = settings.decision.model_fields_set if settings.decision else set()
     given = {name: getattr(settings.decision, name) for name in asked}
-    ledger = trained.ledger.under(trained.config.decision.model_copy(update=given))
+    decision = trained.config.decision.model_copy(update=given)
     listed = list(settings.source.rows(labelled=False))
     rows, rejected = [r for r in listed if isinstance(r, Row)], [r for r in listed if isinstance(r, Rejected)]
-    progress, tables, done = Progress("predict", len(rows), "images"), [], 0
-    for table, bad in predict(trained, ledger, settings.source, rows):
+    found = predict(trained, groups, decision, settings.source, rows, settings.estimate_prior, settings.conformal)
+    print("\n".join(found.lines), end="\n" if found.lines else "")
+    tables = []
+    for table, bad in found.tables:
         tables.append(table)
         rejected += bad
-        done += len(table) + len(bad)
-        progress.show(done)
     if not any(map(len, tables)):
         nothing = Fault(str(settings.source.path), "holds no image", "it takes .jpg, .png and .webp files")
         raise Refusal("There is nothing to predict:", [r.fault for r in rejected] or [nothing], 65)
-    with durable.writing(settings.out) as aside:
-        save = pyarrow.csv.write_csv if settings.out.suffix == ".csv" else pyarrow.parquet.write_table
-        save(pa.concat_tables(tables), aside)
+    save(pa.concat_tables(tables), settings.out)
     print(f"{sum(map(len, tables)):,} predictions in {settings.out}")
+    if found.estimate:
+        durable.write_json(settings.out.with_suffix(".prior.json"), found.estimate.to_json())
     if rejected:
         path = settings.out.with_suffix(".rejected.csv")
         write_rejected(path, rejected)

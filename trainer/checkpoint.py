@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,7 +24,12 @@ from data_loaders.settings import dump, parse
 from trainer.config import Config
 from trainer.context import Row
 from trainer.decision.ledger import Ledger
+from trainer.decision.validation import Validation
 from trainer.networks import Classifier, Ensemble
+
+VALIDATION = "validation.safetensors"
+MOST_LOGITS = 2**26
+"""Of validation rows, kept with a model: 256 MiB."""
 
 
 class State(NamedTuple):
@@ -90,15 +98,27 @@ class Trained:
     model: Classifier | Ensemble
     config: Config
     ledger: Ledger
+    validation: Validation | None = None
+    """What it says of the validation rows; None where that was not kept."""
 
 
-def save_model(folder: Path, model: nn.Module, config: Config, ledger: Ledger, facts: Mapping[str, Any]) -> None:
-    """Publishes a trained model: weights, settings (with the preprocessing) and ledger."""
+def save_model(
+    folder: Path,
+    model: nn.Module,
+    config: Config,
+    ledger: Ledger,
+    facts: Mapping[str, Any],
+    validation: Validation | None = None,
+) -> None:
+    """Publishes a trained model: weights, settings (with the preprocessing), ledger, and what it says of the validation
+    rows: all, or of 2**26 logits a sample stratified by class."""
     with durable.publishing(folder) as aside:
         save_file(_on_cpu(model.state_dict()), aside / "model.safetensors")
         (aside / "config.yaml").write_text(dump(config))
         durable.write_json(aside / "ledger.json", ledger.to_json())
         durable.write_json(aside / "facts.json", dict(facts))
+        if validation is not None:
+            save_arrays(_sampled(validation, config.seed)._asdict(), aside / VALIDATION)
 
 
 def load_model(folder: Path, device: torch.device) -> Trained:
@@ -110,7 +130,9 @@ def load_model(folder: Path, device: torch.device) -> Trained:
     ledger = Ledger.from_json(json.loads((folder / "ledger.json").read_bytes()))
     model = empty(config, len(ledger.classes))
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    return Trained(model.to(device).eval(), config, ledger)
+    said = folder / VALIDATION
+    validation = Validation(**load_arrays(said)) if said.exists() else None
+    return Trained(model.to(device).eval(), config, ledger, validation)
 
 
 def empty(config: Config, classes: int) -> Classifier | Ensemble:
@@ -118,6 +140,18 @@ def empty(config: Config, classes: int) -> Classifier | Ensemble:
     if config.train.members == 1:
         return config.model.build(classes, config.seed)
     return Ensemble([config.model.build(classes, member.seed) for member in config.members()], classes)
+
+
+def _sampled(validation: Validation, seed: int, most: int = MOST_LOGITS) -> Validation:
+    """All rows, or about as many of each class as its share of `most` logits, and one at least, in their order."""
+    share = most / max(validation.logits.size, 1)
+    if share >= 1:
+        return validation
+    random = np.random.Generator(np.random.Philox(key=[seed, len(validation.labels)]))
+    parts = [np.flatnonzero(validation.labels == k) for k in np.unique(validation.labels)]
+    kept = np.sort(np.concatenate([random.permutation(part)[: max(int(share * len(part)), 1)] for part in parts]))
+    logits, labels, cells, rows = validation
+    return Validation(logits[kept], labels[kept], cells[kept], rows[kept])
 
 
 def _state(tree: dict[str, Any]) -> State:

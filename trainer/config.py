@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from data_loaders.loader import Data
 from data_loaders.settings import Settings, digest
 from trainer.context import Cluster
+from trainer.decision.fits import AnyCalibrator, Best, Temperature
 from trainer.decision.ledger import Decision
 from trainer.losses import AnyLoss, CrossEntropy
 from trainer.model import AnyModel, SmallCnn
@@ -53,6 +54,8 @@ class Config(Settings):
     optimizer: AnyOptimizer = Sgd()
     train: Train = Train()
     decision: Decision = Decision()
+    calibration: AnyCalibrator = Best()
+    """What makes probabilities mean what they say, fitted on the validation rows after training."""
     cluster: Cluster = Cluster()
     tracking: Tracking = Tracking()
 
@@ -65,11 +68,14 @@ class Config(Settings):
         return self
 
     def members(self) -> list["Config"]:
-        """The runs of an ensemble, in `members/` of its folder; ensembles of one size share no member's seed."""
+        """The runs of an ensemble, in `members/` of its folder; ensembles of one size share no member's seed.
+
+        Members get plain temperatures, which the ensemble can hold; `calibration` is of the whole.
+        """
         n = self.train.members
         alone = self.train.model_copy(update={"members": 1})
         group = self.tracking.model_copy(update={"group": self.tracking.group or self.name})
-        same = {"folder": self.run_folder / "members", "train": alone, "tracking": group}
+        same = {"folder": self.run_folder / "members", "train": alone, "tracking": group, "calibration": Temperature()}
         return [
             self.model_copy(update={**same, "name": f"{self.name}-{k}", "seed": self.seed * n + k}) for k in range(n)
         ]

@@ -6,9 +6,12 @@ Members that learn from undersampled rows each keep others of the majority: bala
 import numpy as np
 import torch
 
+from data_loaders.faults import Fault, Refusal
 from trainer.checkpoint import Trained, load_model
 from trainer.config import Config
 from trainer.context import Local, device_for
+from trainer.decision.calibrators import Temperatures
+from trainer.decision.ledger import Ledger
 from trainer.loop import finish
 from trainer.metrics.catalogue import Floats
 from trainer.networks import Ensemble
@@ -28,9 +31,21 @@ def combine(config: Config) -> None:
 
 
 def average(members: list[Trained], prior: Floats) -> Ensemble:
-    """The mean of the members' calibrated probabilities where classes occur as in prior, [K]."""
+    """The mean of the members' calibrated probabilities where classes occur as in prior, [K].
+
+    Refuses members that are calibrated by more than a temperature, which is all that the network holds of it.
+    """
     ensemble = Ensemble([m.model for m in members], len(prior))
     for k, ledger in enumerate(m.ledger for m in members):
-        ensemble.temperatures[k] = ledger.temperature
+        ensemble.temperatures[k] = _temperature(k, ledger)
         ensemble.corrections[k] = torch.from_numpy(np.log(prior) - np.log(ledger.logit_prior))
     return ensemble
+
+
+def _temperature(k: int, ledger: Ledger) -> float:
+    """Of member k."""
+    calibrator = ledger.calibrator
+    if isinstance(calibrator, Temperatures) and not len(calibrator.by_cell):
+        return calibrator.overall
+    fault = Fault(f"member {k}", f"has {calibrator}", "train members with calibration.kind=temperature")
+    raise Refusal("An ensemble averages models that are calibrated by one temperature each:", [fault], 65)

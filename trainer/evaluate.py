@@ -19,11 +19,17 @@ from data_loaders.index import Index
 from data_loaders.loader import Data, exact_batches, ids_of
 from data_loaders.progress import Progress
 from trainer.context import Context
+from trainer.decision.analysis import Analysis, analyse, to_json
+from trainer.decision.costs import ABSTAIN
 from trainer.decision.ledger import Ledger, log_softmax
-from trainer.metrics.catalogue import Floats
+from trainer.decision.validation import Validation
+from trainer.metrics.groups import groupings
+from trainer.metrics.intervals import Floats
 from trainer.metrics.tally import Ints, Shape, Tally, count
 
 VIEWS = ("argmax", "ledger")
+AT_ONCE = 2**22
+"""Probabilities that are tallied together."""
 
 
 def logits_of(
@@ -55,20 +61,24 @@ class View(NamedTuple):
     """[N]"""
 
 
-def view(name: str, ledger: Ledger, logits: Floats) -> View:
-    """What logits [N, K] come to."""
+def view(name: str, ledger: Ledger, logits: Floats, cells: Ints | None = None) -> View:
+    """What logits [N, K] of rows in cells [N] come to."""
     if name == "argmax":
         log_p = log_softmax(logits)
         return View(log_p, log_p.argmax(1))
-    log_p = ledger.log_probabilities(logits)
+    log_p = ledger.log_probabilities(logits, cells=cells)
     return View(log_p, ledger.decide(log_p))
 
 
 def tally(view: View, labels: Ints, cells: Ints, shape: Shape) -> Tally:
     """The tally of a view of N rows."""
-    valid = torch.ones(len(labels), dtype=torch.bool)
-    log_p, decisions, true, where = map(torch.from_numpy, (*view, labels, cells))
-    return Tally.of(count(log_p, decisions, true, where, valid, shape).numpy(), shape)
+    sums = torch.zeros(shape.size, dtype=torch.int64)
+    columns = [torch.from_numpy(column) for column in (*view, labels, cells)]
+    for log_p, decisions, true, where in zip(
+        *(c.split(max(1, AT_ONCE // shape.classes)) for c in columns), strict=True
+    ):
+        count(sums, log_p, decisions, true, where, torch.ones(len(true), dtype=torch.bool), shape)
+    return Tally.of(sums.numpy(), shape)
 
 
 class Evaluation(NamedTuple):
@@ -78,22 +88,33 @@ class Evaluation(NamedTuple):
     tallies: dict[str, Tally]
     """View -> tally."""
     predictions: pa.Table
+    decisions: Analysis
+    """What decisions cost, and why."""
 
 
-def evaluate(model: nn.Module, ledger: Ledger, index: Index, data: Data, split: str, context: Context) -> Evaluation:
-    """All views of one split."""
+def evaluate(
+    model: nn.Module,
+    ledger: Ledger,
+    index: Index,
+    data: Data,
+    split: str,
+    context: Context,
+    validation: Validation | None = None,
+) -> Evaluation:
+    """All views of one split; `validation` is what the model said of its validation rows, if these are others."""
     rows = index.rows_of(split)
     progress = Progress(f"evaluate {split}", len(rows), "rows") if context.rank == 0 else None
     logits = logits_of(model, index, data, rows, context, progress)
     labels, cells = index.labels[rows], index.cells[rows]
-    views = {name: view(name, ledger, logits) for name in VIEWS}
-    shape = Shape(len(index.cell_names), len(index.classes))
+    views = {name: view(name, ledger, logits, cells) for name in VIEWS}
+    shape = Shape(len(index.cell_names), len(index.classes), ledger.abstains)
     tallies = {name: tally(v, labels, cells, shape) for name, v in views.items()}
-    return Evaluation(split, tallies, _predictions(index, rows, logits, views))
+    decisions = analyse(ledger, logits, labels, cells, list(groupings(index.group_values)), validation)
+    return Evaluation(split, tallies, _predictions(index, rows, logits, views), decisions)
 
 
 def _predictions(index: Index, rows: Ints, logits: Floats, views: dict[str, View]) -> pa.Table:
-    names = np.array(index.classes)
+    names = np.array([*index.classes, ABSTAIN])
     columns: dict[str, Any] = {"id": ids_of(index, rows), "row": rows, "label": names[index.labels[rows]]}
     for a, (column, values) in enumerate(index.group_values.items()):
         columns[f"group.{column}"] = np.array(values)[index.groups[rows, a]]
@@ -108,5 +129,6 @@ def save(folder: Path, evaluation: Evaluation, facts: dict[str, Any]) -> None:
     with durable.publishing(folder / evaluation.split) as aside:
         save_file({name: t.vector() for name, t in evaluation.tallies.items()}, aside / "tallies.safetensors")
         pyarrow.parquet.write_table(evaluation.predictions, aside / "predictions.parquet")
+        durable.write_json(aside / "decisions.json", to_json(evaluation.decisions))
         shape = next(iter(evaluation.tallies.values())).shape
         durable.write_json(aside / "facts.json", {"split": evaluation.split, "shape": list(shape), **facts})

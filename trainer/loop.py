@@ -23,7 +23,9 @@ from trainer import checkpoint
 from trainer.config import Config
 from trainer.context import STOP, Context, Row
 from trainer.decision.calibrate import calibrate
+from trainer.decision.fits import Temperature
 from trainer.decision.ledger import Ledger
+from trainer.decision.validation import Validation
 from trainer.evaluate import logits_of, tally, view
 from trainer.metrics.tally import Shape, Tally, count
 
@@ -36,12 +38,12 @@ def fit(config: Config, context: Context) -> None:
     """
     torch.set_num_threads(config.cluster.threads)
     index = config.data.index()
-    rows = index.rows_of(config.data.train)
+    rows = config.data.training_rows(index)
     sampler = config.data.sampler.over(index, rows, config.seed)
     batch_size, steps = config.data.batch, config.train.total(len(rows), config.data.batch)
     ledger = first_ledger(config, index, sampler.counts(0, steps * batch_size))
     log_prior = torch.from_numpy(np.log(ledger.training_prior)).float().to(context.device)
-    shape = Shape(len(index.cell_names), len(index.classes))
+    shape = Shape(len(index.cell_names), len(index.classes), ledger.abstains)
 
     model = config.model.build(len(index.classes), config.seed).to(context.device)
     optimizer = config.optimizer.build(model)
@@ -73,7 +75,7 @@ def fit(config: Config, context: Context) -> None:
         optimizer.step()
 
         with torch.no_grad():
-            since += count(logits.log_softmax(1), logits.argmax(1), labels, cells, valid, shape)
+            count(since, logits.log_softmax(1), logits.argmax(1), labels, cells, valid, shape)
             diverged += ~loss.isfinite()
         if (step + 1) % config.train.report_every == 0 or step + 1 == steps:
             _refuse_if_diverged(int(context.sum(diverged)), step + 1)
@@ -150,7 +152,9 @@ def _validate(config: Config, index: Index, model: nn.Module, ledger: Ledger, co
         return {}
     labels = index.labels[rows]
     seen = tally(view("ledger", ledger, logits), labels, index.cells[rows], shape)
-    return {"validation": seen.pack(), "calibrated_nll": calibrate(ledger, logits, labels).nll_after}
+    finite = np.isfinite(logits).all()  # a model that diverges is refused at its next step, by all workers at once
+    after = calibrate(ledger, logits, labels, Temperature()).nll_after if finite else np.nan
+    return {"validation": seen.pack(), "calibrated_nll": after}
 
 
 def finish(
@@ -159,17 +163,20 @@ def finish(
     """Calibrates on the validation rows and publishes the model, with what is known of it; every worker calls it."""
     rows = index.rows_of(config.data.validation)
     _same_buffers(model, context)
-    calibration = calibrate(ledger, logits_of(model, index, config.data, rows, context), index.labels[rows])
+    logits = logits_of(model, index, config.data, rows, context)
+    said = Validation(logits, index.labels[rows], index.cells[rows], rows)
+    calibration = calibrate(ledger, said.logits, said.labels, config.calibration, said.cells)
     if context.rank == 0:
         facts |= {
             "data": index.fingerprint,
             "groups": {name: list(values) for name, values in index.group_values.items()},
             "warnings": list(calibration.warnings),
             "validation": {"n": calibration.n, "nll": calibration.nll_before, "nll_calibrated": calibration.nll_after},
+            "calibration": calibration.facts(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "machine": {"torch": torch.__version__, "device": str(context.device), "cpu": platform.machine()},
         }
-        checkpoint.save_model(context.folder / "model", model, config, calibration.ledger, facts)
+        checkpoint.save_model(context.folder / "model", model, config, calibration.ledger, facts, said)
     context.sum(torch.zeros(1, device=context.device))  # no worker leaves before the model is there
 
 

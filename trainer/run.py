@@ -85,7 +85,7 @@ def check(config: Config) -> Index:
             fix = f"it has {', '.join(index.splits)}; calibration needs validation rows, as splits.val=0.1 draws"
             raise Refusal("A split is missing:", [Fault(f"data.{setting}", f"no split {split!r} in the data", fix)])
     device_for(config.cluster.device, 0, config.cluster.workers if config.cluster.is_here else 0)
-    rows = index.rows_of(config.data.train)
+    rows = config.data.training_rows(index)
     drawn = config.train.total(len(rows), config.data.batch) * config.data.batch
     for one in config.members() if config.train.members > 1 else [config]:
         first_ledger(one, index, one.data.sampler.over(index, rows, one.seed).counts(0, drawn))
@@ -95,7 +95,7 @@ def check(config: Config) -> Index:
 def introduce(config: Config, index: Index) -> None:
     """The first lines of a log: what is trained on what, and where it goes."""
     place = f"of Ray at {config.cluster.place}" if config.cluster.on == "ray" else "in processes of this machine"
-    rows = len(index.rows_of(config.data.train))
+    rows = len(config.data.training_rows(index))
     say(
         f"run {config.name} in {config.run_folder}",
         f"data {index.fingerprint}, generation {config.data.generation}, {rows:,} training rows, in {config.data.path}",

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from data_loaders.faults import Refusal
 from trainer.decision.calibrate import calibrate
+from trainer.decision.calibrators import Temperatures
 from trainer.decision.costs import Balanced, Equal, Matrix
+from trainer.decision.fits import Temperature
 from trainer.decision.ledger import Decision, Ledger, log_softmax
 from trainer.losses import BalancedSoftmax, CrossEntropy
 
@@ -74,7 +76,7 @@ def test_the_prior_of_the_logits_is_the_one_the_loss_leaves(loss):
 def test_probabilities_sum_to_one_under_any_prior_and_a_prior_of_its_own_changes_nothing(shares, temperature):
     prior = np.array(shares) / sum(shares)
     logits = np.random.default_rng(1).normal(0, 3, (20, 3))
-    found = ledger(prior).with_temperature(temperature)
+    found = ledger(prior).with_calibrator(Temperatures(temperature))
     np.testing.assert_allclose(np.exp(found.log_probabilities(logits)).sum(1), 1)
     np.testing.assert_allclose(found.log_probabilities(logits, prior), log_softmax(logits / temperature), atol=1e-9)
 
@@ -82,8 +84,9 @@ def test_probabilities_sum_to_one_under_any_prior_and_a_prior_of_its_own_changes
 def test_calibration_finds_the_temperature_that_was_put_in():
     world = World()
     for training in (PRIOR, UNIFORM):
-        found = calibrate(ledger(training), world.logits(training) * 2.5, world.labels)
-        assert found.ledger.temperature == pytest.approx(2.5, rel=0.02)
+        found = calibrate(ledger(training), world.logits(training) * 2.5, world.labels, Temperature())
+        assert isinstance(found.ledger.calibrator, Temperatures)
+        assert found.ledger.calibrator.overall == pytest.approx(2.5, rel=0.02)
         assert found.nll_after < found.nll_before
         assert found.n == 100_000
 
@@ -91,7 +94,7 @@ def test_calibration_finds_the_temperature_that_was_put_in():
 def test_calibration_is_weighted_to_the_prior_of_use():
     rows = World(20_000, prior=UNIFORM)  # validation rows of another mix than in use
     natural = World(200_000)
-    found = calibrate(ledger(UNIFORM), rows.logits(UNIFORM), rows.labels)
+    found = calibrate(ledger(UNIFORM), rows.logits(UNIFORM), rows.labels, Temperature())
     assert found.nll_after == pytest.approx(natural.nll(log_softmax(natural.logits(PRIOR))), rel=0.03)
 
 
@@ -103,12 +106,12 @@ def test_calibration_bears_a_class_that_has_no_validation_row():
     assert found.warnings == ("no validation image of 'dessert'",)
 
 
-def test_a_temperature_that_rests_on_nothing_says_so():
+def test_a_calibration_that_rests_on_nothing_says_so():
     for logits in (0.1 * np.eye(3), 5 * np.eye(3), -5 * np.eye(3)):
         found = calibrate(ledger(PRIOR), logits, np.arange(3))
-        assert found.warnings[0] == "the temperature rests on 3 validation images"
-        assert found.warnings[1].startswith("the validation images do not settle the temperature")
-    world = World()
+        assert found.warnings[0] == "the calibration rests on 3 validation images"
+        assert found.warnings[1].startswith("the validation images do not settle the calibration")
+    world = World(10_000)
     assert calibrate(ledger(PRIOR), world.logits(PRIOR), world.labels).warnings == ()
 
 
@@ -133,10 +136,10 @@ def test_equal_costs_take_the_most_probable_class_and_balanced_ones_weigh_by_rar
 
 def test_another_use_takes_another_prior_and_other_costs_without_training():
     world = World(2000)
-    found = ledger(UNIFORM).with_temperature(1.3)
+    found = ledger(UNIFORM).with_calibrator(Temperatures(1.3))
     other = found.under(Decision(prior={"food": 1, "drink": 1, "dessert": 2}, costs=Equal()))
     np.testing.assert_allclose(other.deployment_prior, [0.25, 0.25, 0.5])
-    assert other.temperature == 1.3
+    assert other.calibrator == found.calibrator
     shift = other.log_probabilities(world.logits(UNIFORM)) - found.log_probabilities(world.logits(UNIFORM))
     np.testing.assert_allclose(np.diff(shift, axis=1)[:, 0], np.log(0.25 / 0.08) - np.log(0.25 / 0.90), atol=1e-9)
 
@@ -144,7 +147,7 @@ def test_another_use_takes_another_prior_and_other_costs_without_training():
 def test_a_ledger_survives_json():
     import json
 
-    found = ledger(UNIFORM).with_temperature(1.25)
+    found = ledger(UNIFORM).with_calibrator(Temperatures(1.25))
     again = Ledger.from_json(json.loads(json.dumps(found.to_json())))
     assert again.to_json() == found.to_json()
     np.testing.assert_array_equal(again.costs, found.costs)

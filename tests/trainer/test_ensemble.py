@@ -1,6 +1,7 @@
 """Ensembles: members on other seeds or other undersamples, averaged under one prior."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet
@@ -8,10 +9,12 @@ import pytest
 import torch
 from small_runs import CPU, config_for
 
+from data_loaders.faults import Refusal
 from data_loaders.index import open_index
 from trainer import run
 from trainer.checkpoint import Trained, load_model
 from trainer.context import Local
+from trainer.decision.calibrators import Affine, Temperatures
 from trainer.ensemble import average
 from trainer.evaluate import logits_of
 
@@ -38,7 +41,7 @@ def test_an_ensemble_is_the_mean_of_its_members_probabilities_in_use(ensemble, d
     logits = [logits_of(p.model, index, ensemble.data, rows, Local(dataset, CPU)) for p in (*parts, whole)]
     p = np.mean([np.exp(m.ledger.log_probabilities(z)) for m, z in zip(parts, logits, strict=False)], axis=0)
     np.testing.assert_allclose(np.exp(logits[-1]), p, rtol=1e-4)
-    uncalibrated = whole.ledger.with_temperature(1.0)
+    uncalibrated = whole.ledger.with_calibrator(Temperatures(1.0))
     np.testing.assert_allclose(np.exp(uncalibrated.log_probabilities(logits[-1])), p, rtol=1e-4)
 
 
@@ -67,6 +70,13 @@ def test_an_ensemble_of_one_model_three_times_is_that_model(ensemble, dataset):
     logits = logits_of(average([one] * 3, prior), index, ensemble.data, index.rows_of("val"), Local(dataset, CPU))
     alone = logits_of(one.model, index, ensemble.data, index.rows_of("val"), Local(dataset, CPU))
     np.testing.assert_allclose(logits, one.ledger.log_probabilities(alone, prior), atol=1e-5)
+
+
+def test_a_member_that_is_more_than_a_temperature_is_refused(ensemble):
+    one = members(ensemble)[0]
+    other = replace(one, ledger=one.ledger.with_calibrator(Affine(np.ones(3), np.zeros(3))))
+    with pytest.raises(Refusal, match="member 1: has slopes and biases"):
+        average([one, other], one.ledger.deployment_prior)
 
 
 def test_members_that_are_trained_are_not_trained_again(ensemble):
