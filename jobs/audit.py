@@ -25,6 +25,13 @@ class Audit(Settings):
     """Split on which the model is probed."""
     rows: PositiveInt = 20_000
     """Images that are looked at, at most, by the audit and by the probes: the same number of each class that has it."""
+    reference: Path | None = None
+    """CSV or Parquet of the population that the training split is to stand for: columns `label` or group columns, and
+    `share` or `count`."""
+    unit: str = ""
+    """What no two splits should share (patient, photographer): a group column, or a column of the CSV `units`."""
+    units: Path | None = None
+    """CSV with the ids of rows as `path`, and the column `unit`."""
     out: Path | None = None
     """Where the audit goes as JSON; by default audit.json in the folder of the data set, where a report finds it."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -35,8 +42,10 @@ class Audit(Settings):
         if self.data is None and self.run is None:
             raise ValueError("there is nothing to audit: give data=…, run=… or both")
         asked = self.model_fields_set
-        if self.data is None and asked & {"out", "train"}:
-            raise ValueError("train and out are of an audit of a data set: give data=… too")
+        if self.data is None and asked & {"out", "train", "reference", "unit", "units"}:
+            raise ValueError("train, reference, unit, units and out are of an audit of a data set: give data=… too")
+        if self.units and not self.unit:
+            raise ValueError("units is a CSV with a column of units: say which by unit=…")
         if self.run is None and asked & {"split", "device"}:
             raise ValueError("split and device are of the probes of a run: give run=… too")
         return self
@@ -50,27 +59,31 @@ def run(settings: Audit) -> None:
         return
     from trainer.checkpoint import load_model
     from trainer.context import device_for
-    from trainer.probe.probe import chosen, probe, save, summary
+    from trainer.probe.probe import chosen, learnt, probe, save, summary
 
     trained = load_model(settings.run / "model", device_for(settings.device))
     index = open_index(settings.data) if settings.data else trained.config.data.index()
     rows = chosen(trained, index, settings.split, settings.rows)  # refuses what does not fit before the audit
     if settings.data:
         _audit(settings, trained.config.data.train)
-    found = probe(trained, index, rows)
+    found = probe(trained, index, rows, learnt(trained, index, settings.rows))
     out = save(settings.run, index, settings.split, found)
     print(f"\n{summary(found)}\nprobes in {out}")
 
 
 def _audit(settings: Audit, train: str) -> None:
     from data_loaders import durable
-    from data_loaders.audit.audit import audit
+    from data_loaders.audit.audit import Asked, audit
+    from data_loaders.audit.coverage import read_reference
     from data_loaders.audit.summary import summary, to_json
     from data_loaders.index import open_index
 
     data = settings.data or Path()
     out = durable.lasting(settings.out or data / "audit.json", "out")
-    found = audit(open_index(data), settings.train or train, settings.rows)
+    index = open_index(data)
+    reference = read_reference(settings.reference, index) if settings.reference else None
+    asked = Asked(reference, settings.unit, settings.units)
+    found = audit(index, settings.train or train, settings.rows, asked)
     durable.write_json(out, to_json(found))
     print(f"{summary(found)}\naudit in {out}")
 

@@ -29,7 +29,7 @@ class Demo(Settings):
 def run(settings: Demo) -> None:
     began = time.monotonic()
     from data_loaders.ingest import Ingest
-    from jobs import audit, evaluate, explain, ingest, report
+    from jobs import audit, diagnose, evaluate, explain, ingest, report
     from trainer.config import Config
     from trainer.launch import cluster, train
 
@@ -57,6 +57,8 @@ def run(settings: Demo) -> None:
     audit.run(audit.Audit(run=balanced, split="test_balanced", device="cpu"))
     _say(f"python -m jobs.explain run={balanced} split=test_balanced")
     explain.run(explain.Explain(run=balanced, split="test_balanced", device="cpu"))
+    _say(f"python -m jobs.diagnose run={balanced}")
+    diagnose.run(diagnose.Diagnose(run=balanced))
     page = root / "report.html"
     runs = tuple(config.run_folder for config in configs)
     _say(f"python -m jobs.report runs=[{','.join(map(str, runs))}] out={page}")

@@ -28,10 +28,14 @@ class Report(Settings):
 
 def run(settings: Report) -> None:
     from data_loaders import durable
+    from data_loaders.audit.summary import plain
+    from trainer.mitigation import common, remedies
     from trainer.report.page import read_whole, write
 
     durable.lasting(settings.out, "out")
-    write([read_whole(folder) for folder in settings.runs], settings.out)
+    runs = [read_whole(folder) for folder in settings.runs]
+    found = [plain(remedy) for split in common(settings.runs) for remedy in remedies(settings.runs, split)]
+    write(runs, settings.out, found)
     print(f"report in {settings.out}, its data in {settings.out.with_suffix('.json')}")
 
 

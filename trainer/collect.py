@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
 
 from data_loaders import durable
@@ -20,9 +21,10 @@ from data_loaders.index import Index
 from data_loaders.settings import parse_text
 from trainer.config import Config
 from trainer.context import Row
-from trainer.metrics.catalogue import RATES, coarse_bins, divide
-from trainer.metrics.intervals import wilson
-from trainer.metrics.long_table import rows, table
+from trainer.metrics.calibration import coarse_bins
+from trainer.metrics.catalogue import RATES
+from trainer.metrics.intervals import divide, wilson
+from trainer.metrics.long_table import SCHEMA, table_of
 from trainer.metrics.tally import Shape, Tally
 from trainer.tracking import CONFUSION, RELIABILITY, Artifact, Tracker
 
@@ -32,9 +34,8 @@ GROUP_COLUMNS = {
     f"{rate}_{part}".removesuffix("_value"): (rate, part)
     for rate in ("accuracy", "balanced_accuracy", "worst_recall", "nll", "brier", "ece")
     for part in ("value", "low", "high")
-    if part == "value" or rate in ("accuracy", "nll", "brier")
 }
-"""What W&B's table by group tells, and of which rate: its value, and its interval where that needs no bootstrap."""
+"""What W&B's table by group tells, and of which rate: its value, and its interval."""
 MOST_CLASSES = 100
 """Whose whole confusion matrix W&B takes: it cuts a table off after 10,000 rows."""
 
@@ -81,11 +82,9 @@ class Collector:
     def close(self, exit_code: int = 0) -> dict[str, Any]:
         """Writes metrics.parquet and ends the W&B run; what there is to know of the collection."""
         reports = self._reports()
-        long = [
-            line for before, row in zip([None, *reports], reports, strict=False) for line in self._rows(row, before)
-        ]
+        tables = [t for before, row in zip([None, *reports], reports, strict=False) for t in self._tables(row, before)]
         with durable.writing(self.folder / "metrics.parquet") as aside:
-            pyarrow.parquet.write_table(table(long), aside)
+            pyarrow.parquet.write_table(pa.concat_tables(tables) if tables else SCHEMA.empty_table(), aside)
         summary = {"rows": len(reports), "repeated": self.repeated, "mismatched": self.mismatched}
         if reports:
             tally = self._tally(reports[-1], "validation")
@@ -127,7 +126,8 @@ class Collector:
 
     def _draw(self, tally: Tally) -> None:
         """What W&B shows of a tally: tables by group, the confusion matrix and the reliability diagram."""
-        lines = list(rows(tally, self.classes, self.group_values, bootstrap=False))
+        key = dict.fromkeys(("run", "split", "view", "step"))
+        lines = table_of(tally, self.classes, self.group_values, self.config.tracking.smallest_cell, **key).to_pylist()
         columns = ["grouping", "group", "n", *GROUP_COLUMNS]
         self.tracker.table("validation/groups", columns, _by_group(lines))
         columns = ["grouping", "group", "class", "n", "value", "low", "high"]
@@ -144,7 +144,7 @@ class Collector:
         facts |= {"identity": self.config.identity, "scores": dict(scores)}
         return Artifact(f"model-{self.config.name}", "model", sorted(folder.iterdir()), facts)
 
-    def _rows(self, row: Row, before: Row | None) -> list[dict[str, Any]]:
+    def _tables(self, row: Row, before: Row | None) -> list[pa.Table]:
         key = {"run": self.config.name, "step": row["step"]}
         tallies = {
             "train": ("argmax", self._interval(row, before)),
@@ -152,11 +152,8 @@ class Collector:
         }
         names = {"train": self.config.data.train, "validation": self.config.data.validation}
         return [
-            line
+            table_of(tally, self.classes, self.group_values, split=names[part], view=view, **key)
             for part, (view, tally) in tallies.items()
-            for line in rows(
-                tally, self.classes, self.group_values, bootstrap=False, split=names[part], view=view, **key
-            )
         ]
 
     def _interval(self, row: Row, before: Row | None) -> Tally:

@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat
 
 from data_loaders.progress import say
 from data_loaders.settings import Settings
@@ -33,6 +33,8 @@ class Tracking(Settings):
     """Runs of one group are shown together."""
     artifacts: bool = True
     """Whether data set and model are recorded as artifacts."""
+    smallest_cell: NonNegativeInt = 0
+    """Groups and cells of fewer images are not sent, for the sake of those on them."""
     timeout_s: PositiveFloat = 60.0
     """Longest wait for the backend, at the start and at the end."""
 

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jinja2 import Environment, PackageLoader
+from markupsafe import escape
 
 from data_loaders import durable
+from data_loaders.audit.audit import Asked, audit
+from data_loaders.audit.coverage import Reference
+from data_loaders.audit.summary import to_json
 from data_loaders.faults import Refusal
+from data_loaders.index import open_index
 from trainer.decision.ledger import Decision
-from trainer.metrics.tally import BINS, SCALE, Tally
+from trainer.metrics.tally import BINS, HALVINGS, SCALE, Tally
+from trainer.report.audits import ShownAudit, _properties, _skills
 from trainer.report.figures import confusion, reliability
 from trainer.report.page import EvaluatedRun, read_run, write
 from trainer.report.tables import LEAST_N, Subject, fits, recall_gain, summary
@@ -26,15 +33,16 @@ def subject(seed: int = 0, run: str = "run", view: str = "ledger") -> Subject:
     confusion[1, 2] = [3, 0, 0]  # a cell too small to be named the worst
     n = confusion.sum(2)
     confidence = np.zeros((4, 3, BINS, 3), np.int64)
-    confidence[:, :, 48, 0], confidence[:, :, 48, 1] = n, np.diagonal(confusion, axis1=1, axis2=2)
-    confidence[:, :, 48, 2] = (n * 0.81 * SCALE).astype(np.int64)
+    at = HALVINGS + 48
+    confidence[:, :, at, 0], confidence[:, :, at, 1] = n, np.diagonal(confusion, axis1=1, axis2=2)
+    confidence[:, :, at, 2] = (n * 0.81 * SCALE).astype(np.int64)
     scores = np.zeros((4, 3, 2, 2), np.int64)
     scores[..., 0] = (n[..., None] * 0.5 * SCALE).astype(np.int64)
     scores[..., 1] = (n[..., None] * 0.5 * SCALE).astype(np.int64)
     prior = np.array([0.7, 0.2, 0.1])
     ledger = Decision().ledger(CLASSES, prior, prior, prior)
     values = {"venue": ("home", HOSTILE), "camera": ("phone", "slr")}
-    return Subject(run, "test", view, Tally(confusion, confidence, scores), ledger, values)
+    return Subject(run, "test", view, Tally(confusion, confidence, 0 * confidence, scores), ledger, values)
 
 
 class Elements(HTMLParser):
@@ -80,9 +88,9 @@ def test_the_json_behind_the_page_is_whole(page):
     text = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert text
     tree = json.loads(text[1])
-    assert tree[1]["run"] == HOSTILE
-    assert tree[0]["evaluations"][2]["confusion"] == subject().tally.confusion.tolist()
-    recall = {row["name"]: row["recall"] for row in tree[0]["evaluations"][2]["by_class"]}
+    assert tree["runs"][1]["run"] == HOSTILE
+    assert tree["runs"][0]["evaluations"][2]["confusion"] == subject().tally.confusion.tolist()
+    recall = {row["name"]: row["recall"] for row in tree["runs"][0]["evaluations"][2]["by_class"]}
     assert recall["food"][3] == subject().tally.confusion[:, 0].sum()
 
 
@@ -131,7 +139,7 @@ def test_a_class_that_is_not_in_the_split_leaves_no_number_in_use():
     s = subject()
     confusion = s.tally.confusion.copy()
     confusion[:, 2] = 0
-    t = Tally(confusion, s.tally.confidence, s.tally.scores)
+    t = Tally(confusion, *s.tally.parts[1:])
     without = Subject(s.run, s.split, s.view, t, s.ledger, s.group_values)
     assert np.isnan(without.cost())
     assert np.isnan(without.nll())
@@ -169,3 +177,21 @@ def test_a_run_that_is_damaged_or_not_evaluated_is_refused(tmp_path: Path):
     (tmp_path / "evaluation" / "test" / "facts.json").write_text("[]")
     with pytest.raises(Refusal, match=r"facts\.json is not as it was written"):
         read_run(tmp_path)
+
+
+def test_an_audit_is_shown_with_its_population_its_skills_and_its_units(dataset: Path):
+    index = open_index(dataset)
+    column, values = next(iter(index.group_values.items()))
+    population = Reference(
+        (column,), [(v,) for v in (*values, HOSTILE)], np.full(len(values) + 1, 1 / (len(values) + 1))
+    )
+    tree = json.loads(json.dumps(to_json(audit(index, "train", 30, Asked(population, column))), allow_nan=False))
+    shown = ShownAudit("data", tree, _properties(tree["properties"]), list(_skills(tree)))
+    environment = Environment(loader=PackageLoader("trainer.report", ""), autoescape=True)
+    text = str(environment.get_template("audit.html").module.of_data(shown))  # pyright: ignore[reportAttributeAccessIssue]
+    assert not [tag for tag, _ in Elements(text).found if tag in {"script", "img", "style"}]
+    for part in ("against a population", "images needed", "stand in several splits", "of the most"):
+        assert part in text
+    for finding in tree["findings"]:
+        assert str(escape(finding["text"])) in text
+    assert {of for of, _ in shown.skills} == {"label", *index.group_values}

@@ -28,7 +28,8 @@ from trainer import tracking
 from trainer.checkpoint import load_model
 from trainer.collect import Collector, add_images, read_log
 from trainer.config import Config
-from trainer.metrics.catalogue import RATES, coarse_bins
+from trainer.metrics.calibration import coarse_bins
+from trainer.metrics.catalogue import RATES
 from trainer.metrics.tally import Shape, Tally
 from trainer.run import train
 from trainer.tracking import Tracker, Tracking, _mode, safe_name

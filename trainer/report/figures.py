@@ -3,8 +3,8 @@
 import numpy as np
 from markupsafe import Markup
 
-from trainer.metrics.catalogue import coarse_bins, divide
-from trainer.metrics.intervals import wilson
+from trainer.metrics.calibration import coarse_bins
+from trainer.metrics.intervals import divide, wilson
 from trainer.metrics.tally import Tally
 
 SIDE = 220

@@ -19,10 +19,11 @@ from trainer.metrics.tally import Shape, Tally
 from trainer.report import figures
 from trainer.report.audits import ShownAudit, ShownProbe, read_audit, read_probes
 from trainer.report.explanations import Explanation, read_explanations
-from trainer.report.tables import LEAST_N, Cell, Subject, fits
+from trainer.report.tables import LEAST_N, Cell, Compared, Subject, fits
 from trainer.report.trials import Trials, read_trials
 
 HERE = Path(__file__).parent
+DIAGNOSIS = "diagnosis.json"
 
 
 class EvaluatedRun(NamedTuple):
@@ -40,6 +41,8 @@ class EvaluatedRun(NamedTuple):
     explanations: tuple[Explanation, ...] = ()
     trials: Trials | None = None
     """Of the search that it won."""
+    diagnosis: list[dict[str, Any]] | None = None
+    """The verdicts of `jobs.diagnose`."""
 
 
 def read_whole(folder: Path) -> EvaluatedRun:
@@ -50,6 +53,7 @@ def read_whole(folder: Path) -> EvaluatedRun:
         probes=read_probes(folder, weights),
         explanations=read_explanations(folder, weights),
         trials=read_trials(folder),
+        diagnosis=_diagnosis(folder, weights),
     )
 
 
@@ -78,6 +82,13 @@ def read_run(folder: Path) -> EvaluatedRun:
     return EvaluatedRun(folder.name, train, facts, ledger, subjects)
 
 
+def _diagnosis(folder: Path, weights: Path) -> list[dict[str, Any]] | None:
+    """The verdicts on these very weights."""
+    path = folder / DIAGNOSIS
+    tree = _json(path) if path.exists() else {}
+    return tree["verdicts"] if tree.get("model") == durable.sha256(weights) else None
+
+
 def weights_of(folder: Path) -> Path:
     """The weights of a run."""
     return folder / "model" / "model.safetensors"
@@ -95,15 +106,16 @@ def read_tallies(folder: Path) -> dict[str, Tally]:
     return {name: Tally.of(vector, shape) for name, vector in load_file(folder / "tallies.safetensors").items()}
 
 
-def write(runs: list[EvaluatedRun], out: Path) -> None:
-    """Writes the page, and its JSON beside it under the same name."""
-    tree = [_tree(run) for run in runs]
+def write(runs: list[EvaluatedRun], out: Path, remedies: list[Any] | None = None) -> None:
+    """Writes the page, and its JSON beside it under the same name; `remedies` as `jobs.compare` writes them."""
+    tree = {"runs": [_tree(run) for run in runs], "remedies": remedies or []}
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     style = (HERE / "page.css").read_text()
     page = environment.get_template("page.html").render(
         runs=runs,
+        remedies=remedies,
         figures=figures,
         fits=fits,
         least_n=LEAST_N,
@@ -129,7 +141,7 @@ def _tree(run: EvaluatedRun) -> dict[str, Any]:
                 "confusion": s.tally.confusion.tolist(),
                 "by_class": _rows(s.class_table()),
                 "by_group": {table.title: _rows(table) for table in s.group_tables()},
-                "fairness": [[grouping, name, k, _number(value)] for grouping, name, k, value in s.fairness()],
+                "fairness": [_compared(line) for line in s.fairness()],
                 "nll": _number(s.nll()),
                 "expected_cost": _number(s.cost()),
                 "ece": list(map(_number, s.ece())),
@@ -146,6 +158,7 @@ def _tree(run: EvaluatedRun) -> dict[str, Any]:
         ],
         "audit": run.audit and run.audit.tree,
         "probes": [probe.tree for probe in run.probes],
+        "diagnosis": run.diagnosis,
     }
 
 
@@ -156,12 +169,22 @@ def _rows(table: Any) -> list[dict[str, Any]]:
     ]
 
 
+def _compared(line: Compared) -> dict[str, Any]:
+    return {
+        "grouping": line.grouping,
+        "metric": line.metric,
+        "class": line.name,
+        "value": _values(line.cell),
+        "chance": _number(line.chance),
+    }
+
+
 def _values(cell: Cell) -> list[float | int | None]:
     return [*map(_number, cell[:3]), cell.n]
 
 
 def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
+    return float(value) if math.isfinite(value) else None
 
 
 def _harmless(text: str) -> str:

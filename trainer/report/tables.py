@@ -2,30 +2,22 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from trainer.decision.ledger import Ledger
-from trainer.metrics.catalogue import (
-    FAIRNESS,
-    Proportion,
-    coarse_bins,
-    disparity,
-    divide,
-    gap,
-    recall,
-    score_by_class,
-    under_prior,
-    weights_to,
-)
+from trainer.metrics.calibration import top_label, weights_to
+from trainer.metrics.catalogue import RATES, recall, score_by_class, under_prior
+from trainer.metrics.comparisons import comparisons
 from trainer.metrics.groups import Grouping, GroupValues, groupings
-from trainer.metrics.intervals import Estimate, calibrated_ece, difference, estimate, resample
+from trainer.metrics.intervals import Statistic, difference, divide
+from trainer.metrics.statistics import Proportion
 from trainer.metrics.tally import Tally
 
 LEAST_N = 10
 """Cells of fewer samples are shown, but never named the worst: their recall says nothing."""
-BY_CLASS = ("recall", "precision", "f1", "selection_rate")
+BY_CLASS = ("recall", "precision", "f1", "false_positive_rate", "selection_rate", "auroc")
 BY_GROUP = ("accuracy", "balanced_accuracy", "worst_recall", "nll", "brier", "ece")
 
 
@@ -42,6 +34,18 @@ class Cell(NamedTuple):
             return "–"
         interval = "" if np.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
         return f"{self.value:.2f}{interval}"
+
+
+class Compared(NamedTuple):
+    """A comparison of groups."""
+
+    grouping: str
+    metric: str
+    name: str
+    """Class, or empty."""
+    cell: Cell
+    chance: float
+    """What it does not pass, in the bad direction, in 95 of 100 splits where groups do not differ."""
 
 
 class Line(NamedTuple):
@@ -80,8 +84,8 @@ class Subject:
 
     def recalls(self) -> list[tuple[str, Cell]]:
         """Of each class."""
-        found = estimate("recall", self.tally.overall())
-        return [(name, cell(found, 0, k)) for k, name in enumerate(self.classes)]
+        found = cells_of(recall(self.tally.overall()))[0]
+        return list(zip(self.classes, found, strict=True))
 
     def worst_class(self) -> tuple[str, Cell]:
         return min(self.recalls(), key=lambda item: (np.isnan(item[1].value), item[1].value))
@@ -90,9 +94,8 @@ class Subject:
         """Class, group and recall of every class in every group, the lowest first."""
         found: list[tuple[str, str, Cell]] = []
         for grouping in list(groupings(self.group_values))[1:]:
-            recall = estimate("recall", grouping.of(self.tally))
-            for g, group in enumerate(grouping.groups):
-                found += [(name, group, cell(recall, g, k)) for k, name in enumerate(self.classes)]
+            for group, recalls in zip(grouping.groups, cells_of(recall(grouping.of(self.tally))), strict=True):
+                found += [(name, group, value) for name, value in zip(self.classes, recalls, strict=True)]
         return sorted((f for f in found if f[2].n), key=lambda item: (item[2].n < LEAST_N, item[2].value))
 
     def worst_cell(self) -> tuple[str, str, Cell] | None:
@@ -108,8 +111,8 @@ class Subject:
         """The calibration error where classes occur as in use, and the value that a calibrated model stays below in 95
         of 100 such splits; NaN if a class is not in the split."""
         overall = self.tally.overall()
-        weights = weights_to(self.ledger.deployment_prior, overall)
-        return float(gap(coarse_bins(overall, weights))[0]), float(calibrated_ece(overall, weights)[1][0])
+        error = top_label(overall, weights_to(self.ledger.deployment_prior, overall))
+        return float(error.value[0]), float(error.calibrated()[1][0])
 
     def cost(self) -> float:
         """Mean cost of the decisions, where classes occur as in use; NaN if a class is not in the split."""
@@ -119,9 +122,8 @@ class Subject:
 
     def class_table(self) -> Table:
         overall = self.tally.overall()
-        resampled = resample(overall)
-        found = [estimate(name, overall, resampled) for name in BY_CLASS]
-        lines = [Line(name, tuple(cell(e, 0, k) for e in found)) for k, name in enumerate(self.classes)]
+        found = [cells_of(RATES[name].of(overall))[0] for name in BY_CLASS]
+        lines = [Line(name, values) for name, values in zip(self.classes, zip(*found, strict=True), strict=True)]
         lines.sort(key=lambda line: _order(line.cells[0]))
         return Table("By class", ("class", *BY_CLASS), lines, BY_CLASS[0])
 
@@ -130,29 +132,38 @@ class Subject:
         for grouping in list(groupings(self.group_values))[1:]:
             yield self._group_table(grouping)
 
-    def fairness(self) -> list[tuple[str, str, str, float]]:
-        """Grouping, metric, class (or empty) and value of every comparison of groups."""
+    def fairness(self) -> list["Compared"]:
+        """Every comparison of groups."""
         return [
-            (grouping.name, name, self.classes[place[0]] if place else "", float(value[place]))
+            Compared(
+                grouping.name,
+                name,
+                self.classes[place[0]] if place else "",
+                Cell(float(found.value[place]), float(found.low[place]), float(found.high[place]), int(found.n[place])),
+                float(found.chance[place]),
+            )
             for grouping in list(groupings(self.group_values))[1:]
             if len(grouping.groups) > 1
-            for name in FAIRNESS
-            for value in [np.asarray(disparity(name, grouping.of(self.tally)))]
-            for place in np.ndindex(value.shape)
+            for name, found in comparisons(grouping.of(self.tally)).items()
+            for place in np.ndindex(found.value.shape)
         ]
 
     def _group_table(self, grouping: Grouping) -> Table:
         grouped = grouping.of(self.tally)
-        resampled = resample(grouped)
-        found = [estimate(name, grouped, resampled) for name in BY_GROUP]
-        lines = [Line(name, tuple(cell(e, g) for e in found)) for g, name in enumerate(grouping.groups)]
+        found = [cells_of(RATES[name].of(grouped)) for name in BY_GROUP]
+        lines = [Line(name, values) for name, values in zip(grouping.groups, zip(*found, strict=True), strict=True)]
         lines.sort(key=lambda line: _order(line.cells[1]))
         return Table(f"By {grouping.name}", ("group", *BY_GROUP), lines, BY_GROUP[1])
 
 
-def cell(found: Estimate, *place: int) -> Cell:
-    value, low, high = (float(part[place]) for part in (found.value, found.low, found.high))
-    return Cell(value, low, high, int(found.n[place]))
+def cells_of(found: Statistic) -> list[Any]:
+    """A Cell for each of its values, in lists nested as its shape is."""
+    parts = (found.value, *found.interval(), found.n)
+    each = np.empty(found.value.shape, object)
+    for place in np.ndindex(each.shape):
+        value, low, high, n = (part[place] for part in parts)
+        each[place] = Cell(float(value), float(low), float(high), int(n))
+    return each.tolist()
 
 
 class Fit(NamedTuple):
@@ -187,7 +198,7 @@ def recall_gain(old: Subject, new: Subject) -> tuple[float, float]:
     for subject in (new, old):
         counted = recall(subject.tally.overall())
         k = subject.classes.index(subject.worst_class()[0])
-        recalls.append(Proportion(counted.hits[0, k], counted.trials[0, k]))
+        recalls.append(Proportion(*(part[0, k] for part in counted)))
     low, high = difference(*recalls)
     return float(low), float(high)
 
