@@ -9,8 +9,11 @@ import pytest
 from data_loaders.ingest import Ingest
 from data_loaders.settings import Settings, variants
 from jobs.audit import Audit
+from jobs.compare import Compare
+from jobs.diagnose import Diagnose
 from jobs.evaluate import Evaluate
 from jobs.explain import Explain
+from jobs.learning_curve import LearningCurve
 from jobs.predict import Predict
 from trainer.space import Tuning
 
@@ -40,7 +43,7 @@ def test_every_row_names_a_test_that_exists(cells):
 
 def test_every_setting_and_job_that_is_named_exists():
     of_jobs = {"ingest": Ingest, "tune": Tuning, "audit": Audit, "evaluate": Evaluate, "explain": Explain}
-    of_jobs["predict"] = Predict
+    of_jobs |= {"predict": Predict, "diagnose": Diagnose, "compare": Compare, "learning_curve": LearningCurve}
     for code in re.findall(r"`([^`]+)`", " ".join(cells[1] for cells in CELLS)):
         job = re.search(r"python -m jobs\.(\w+)", code)
         known = paths(of_jobs[job[1]] if job else Tuning)

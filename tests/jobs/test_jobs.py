@@ -107,12 +107,26 @@ def test_the_whole_way_on_a_few_drawn_images(tmp_path, monkeypatch, capsys):
 
     words = ["data.path=data", "data.size=24", "data.batch=32", "model.widths=[8,16]", "cluster.on=local"]
     run(monkeypatch, "train", *words, "cluster.device=cpu", "train.steps=8", "train.report_every=4", "name=small")
-    run(monkeypatch, "evaluate", "run=runs/small", "device=cpu")
+    run(monkeypatch, "evaluate", "run=runs/small", "device=cpu", "splits=[train,val,test,test_balanced]")
+    run(monkeypatch, "diagnose", "run=runs/small")
+    assert "not looked for: leakage; python -m jobs.audit data=" in capsys.readouterr().out
+    run(monkeypatch, "audit", "data=data", "run=runs/small", "rows=60", "device=cpu")
+    run(monkeypatch, "diagnose", "run=runs/small")
+    said = capsys.readouterr().out
+    assert "CLASS IMBALANCE: some classes have far more images than others" in said
+    assert "not looked for" not in said
+    run(monkeypatch, "compare", "runs=[runs/small]", "splits=[test_balanced]")
+    assert "small, ledger against small, argmax, on test_balanced" in capsys.readouterr().out
+    compared = json.loads((tmp_path / "comparison.json").read_text())
+    assert [remedy["changed"] for remedy in compared] == [["decision: argmax -> ledger"]]
     run(monkeypatch, "report", "runs=[runs/small]", "out=page.html")
-    assert "small" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "What each remedy did" in page
+    assert "Diagnosis" in page
+    remedies = json.loads((tmp_path / "page.json").read_text())["remedies"]
+    assert {remedy["split"] for remedy in remedies} == {"test", "test_balanced", "val"}
     table = pyarrow.parquet.read_table(tmp_path / "runs" / "small" / "evaluation" / "metrics.parquet")
-    assert set(table["split"].to_pylist()) == {"val", "test", "test_balanced"}
-    assert "recall of desserts" in capsys.readouterr().out
+    assert set(table["split"].to_pylist()) == {"train", "val", "test", "test_balanced"}
 
     (tmp_path / "new").mkdir()
     for i in range(3):
@@ -263,6 +277,9 @@ def test_what_predict_is_not_told_stays_as_the_model_was_trained(dataset, tmp_pa
         ("train", ["data.path=data", *SMALL, "name=x", "optimizer.lr=1e30", "cluster.workers=2"], 65, "diverged"),
         ("evaluate", ["run=runs/r", "splits=[test,tset]", "device=cpu"], 65, "no split 'tset'"),
         ("report", ["runs=[runs/r]", "out=report.json"], 2, ".html"),
+        ("compare", ["runs=[runs/r]", "splits=[test]"], 65, "jobs.evaluate run=runs/r"),
+        ("diagnose", ["run=runs/r"], 65, "jobs.evaluate run=runs/r"),
+        ("diagnose", ["run=runs/none"], 65, "runs/none"),
         ("predict", ["run=runs/r", "source.kind=folder", "source.path=empty", "device=cpu"], 65, "holds no image"),
         ("predict", ["run=runs/r", "source.kind=folder", "source.path=empty", "out=p.txt"], 2, ".parquet or a .csv"),
     ],

@@ -12,11 +12,15 @@ from markupsafe import escape
 from data_loaders import durable
 from data_loaders.audit.audit import Asked, audit
 from data_loaders.audit.coverage import Reference
-from data_loaders.audit.summary import to_json
+from data_loaders.audit.finding import Finding
+from data_loaders.audit.summary import plain, to_json
 from data_loaders.faults import Refusal
 from data_loaders.index import open_index
 from trainer.decision.ledger import Decision
+from trainer.diagnosis import MEANINGS, diagnose
 from trainer.metrics.tally import BINS, HALVINGS, SCALE, Tally
+from trainer.mitigation import Effect, Remedy
+from trainer.probe.paired import Number
 from trainer.report.audits import ShownAudit, _properties, _skills
 from trainer.report.figures import confusion, reliability
 from trainer.report.page import EvaluatedRun, read_run, write
@@ -67,7 +71,12 @@ def subjects(run: str) -> list[Subject]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("report") / "report.html"
     runs = [EvaluatedRun(name, "train", FACTS, subject().ledger, subjects(name)) for name in ("natural", HOSTILE)]
-    write(runs, out)
+    found = Finding("spatial", HOSTILE, HOSTILE, 0.1, 0.05, 0.2, np.nan, 30)
+    verdicts = plain(diagnose([found], {"spatial"}, dict.fromkeys(MEANINGS, HOSTILE)))
+    number = Number(0.1, 0.05, 0.2, 30)
+    effects = [Effect("all", HOSTILE, HOSTILE, number, 0.01, number, 0.01, "helps and harms")]
+    remedies = [plain(Remedy("test", "natural, argmax", HOSTILE, [f"name: {HOSTILE}"], effects))]
+    write([run._replace(diagnosis=verdicts) for run in runs], out, remedies)
     json.loads(out.with_suffix(".json").read_text())
     return out.read_text()
 
