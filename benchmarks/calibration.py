@@ -5,8 +5,9 @@ Every calibrator is fitted on the validation rows that a run keeps, and judged o
 classes occur as in use: NLL, top-label and class-wise ECE (15 bins of equal width; beside it, what a calibrated model
 shows by chance: mean and 95th percentile) and NLL of the worst group, or class where the data has no groups. Below a
 figure stands its difference from `against`, with a paired bootstrap interval at 95 %: by default `plain`, temperature
-scaling as published (Guo et al. 2017), which fits all validation rows alike and knows no prior; `temperature` is ours. Of several runs on the
-same split (seeds), means are told last; their intervals are means of intervals, so too wide rather than too narrow.
+scaling as published (Guo et al. 2017), which fits all validation rows alike and knows no prior; `temperature` is ours.
+Of several runs on the same split (seeds), means are told last; their intervals are means of intervals, so too wide
+rather than too narrow.
 """
 
 import sys

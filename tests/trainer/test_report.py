@@ -18,6 +18,8 @@ from data_loaders.faults import Refusal
 from data_loaders.index import open_index
 from trainer.decision.ledger import Decision
 from trainer.diagnosis import MEANINGS, diagnose
+from trainer.metrics.catalogue import recall
+from trainer.metrics.groups import groupings
 from trainer.metrics.tally import BINS, HALVINGS, SCALE, Tally
 from trainer.mitigation import Effect, Remedy
 from trainer.probe.paired import Number
@@ -101,6 +103,20 @@ def test_the_json_behind_the_page_is_whole(page):
     assert tree["runs"][0]["evaluations"][2]["confusion"] == subject().tally.confusion.tolist()
     recall = {row["name"]: row["recall"] for row in tree["runs"][0]["evaluations"][2]["by_class"]}
     assert recall["food"][3] == subject().tally.confusion[:, 0].sum()
+
+
+def test_a_cell_stands_beside_the_rest_of_its_class():
+    s = subject()
+    name, group, value = s.cells()[0]
+    found = s.beside()[name, group]
+    grouping = next(g for g in groupings(s.group_values) if group in g.groups)
+    hits, n = recall(grouping.of(s.tally))
+    g, k = grouping.groups.index(group), CLASSES.index(name)
+    rest = (hits[:, k].sum() - hits[g, k]) / (n[:, k].sum() - n[g, k])
+    assert found.gap.value == pytest.approx(value.value - rest)
+    assert found.gap.low < found.gap.value < found.gap.high
+    assert value.value < found.shrunk.value < rest
+    assert 0 <= found.p <= 1
 
 
 def test_the_worst_comes_first_and_small_cells_are_never_the_worst():

@@ -19,7 +19,7 @@ from trainer.metrics.tally import Shape, Tally
 from trainer.report import figures
 from trainer.report.audits import ShownAudit, ShownProbe, read_audit, read_probes
 from trainer.report.explanations import Explanation, read_explanations
-from trainer.report.tables import LEAST_N, Cell, Compared, Subject, fits
+from trainer.report.tables import LEAST_N, Beside, Cell, Compared, Subject, fits
 from trainer.report.trials import Trials, read_trials
 
 HERE = Path(__file__).parent
@@ -141,6 +141,7 @@ def _tree(run: EvaluatedRun) -> dict[str, Any]:
                 "confusion": s.tally.confusion.tolist(),
                 "by_class": _rows(s.class_table()),
                 "by_group": {table.title: _rows(table) for table in s.group_tables()},
+                "cells": [_beside(line, beside) for beside in [s.beside()] for line in s.cells()],
                 "fairness": [_compared(line) for line in s.fairness()],
                 "nll": _number(s.nll()),
                 "expected_cost": _number(s.cost()),
@@ -167,6 +168,12 @@ def _rows(table: Any) -> list[dict[str, Any]]:
         {"name": line.name} | {c: _values(value) for c, value in zip(table.columns[1:], line.cells, strict=True)}
         for line in table.lines
     ]
+
+
+def _beside(line: tuple[str, str, Cell], beside: dict[tuple[str, str], Beside]) -> dict[str, Any]:
+    (name, group, value), b = line, beside[line[:2]]
+    numbers = {"recall": _values(value), "shrunk": _values(b.shrunk), "gap": _values(b.gap), "p": _number(b.p)}
+    return {"class": name, "group": group, **numbers, "needed": b.needed if b.needed >= 0 else None}
 
 
 def _compared(line: Compared) -> dict[str, Any]:

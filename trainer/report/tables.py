@@ -9,6 +9,7 @@ import numpy as np
 from trainer.decision.ledger import Ledger
 from trainer.metrics.calibration import top_label, weights_to
 from trainer.metrics.catalogue import RATES, recall, score_by_class, under_prior
+from trainer.metrics.cells import cells as many_cells
 from trainer.metrics.comparisons import comparisons
 from trainer.metrics.groups import Grouping, GroupValues, groupings
 from trainer.metrics.intervals import Statistic, difference, divide
@@ -46,6 +47,19 @@ class Compared(NamedTuple):
     cell: Cell
     chance: float
     """What it does not pass, in the bad direction, in 95 of 100 splits where groups do not differ."""
+
+
+class Beside(NamedTuple):
+    """The recall of a class in a group, beside that of the same class elsewhere."""
+
+    gap: Cell
+    """Less that of all other groups."""
+    p: float
+    """Of no difference, adjusted over the cells of the grouping."""
+    shrunk: Cell
+    """As the other groups make it probable."""
+    needed: int
+    """Images that are lacking to settle the gap; -1 where none would."""
 
 
 class Line(NamedTuple):
@@ -97,6 +111,19 @@ class Subject:
             for group, recalls in zip(grouping.groups, cells_of(recall(grouping.of(self.tally))), strict=True):
                 found += [(name, group, value) for name, value in zip(self.classes, recalls, strict=True)]
         return sorted((f for f in found if f[2].n), key=lambda item: (item[2].n < LEAST_N, item[2].value))
+
+    def beside(self) -> dict[tuple[str, str], Beside]:
+        """Class and group -> the same against the rest of the class."""
+        found: dict[tuple[str, str], Beside] = {}
+        for grouping in list(groupings(self.group_values))[1:]:
+            c = many_cells(recall(grouping.of(self.tally)))
+            for g, k in np.ndindex(c.n.shape):
+                at, n = (g, k), int(c.n[g, k])
+                gap = Cell(float(c.value[at] - c.rest[at]), float(c.low[at]), float(c.high[at]), n)
+                shrunk = Cell(float(c.shrunk[at]), float(c.shrunk_low[at]), float(c.shrunk_high[at]), n)
+                key = self.classes[k], grouping.groups[g]
+                found[key] = Beside(gap, float(c.p[at]), shrunk, int(c.needed[at]))
+        return found
 
     def worst_cell(self) -> tuple[str, str, Cell] | None:
         """The class and group of lowest recall among those with LEAST_N samples."""
