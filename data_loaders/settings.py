@@ -373,3 +373,10 @@ def _bound(constraint: Any) -> str:
 
 def _first_line(text: str | None) -> str:
     return " ".join((text or "").strip().split("\n\n")[0].split())
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Path -> value of every leaf of a tree of settings."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {p: v for name, value in tree.items() for p, v in flat(value, f"{prefix}.{name}".strip(".")).items()}

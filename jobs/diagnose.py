@@ -12,14 +12,14 @@ class Diagnose(Settings):
     """Which run; it must be evaluated, and is told more of where it was audited and probed too."""
 
     run: Path
-    """Folder of the run; the diagnosis goes there as diagnosis.json, where a report finds it."""
+    """Folder of the run; the diagnosis goes there as diagnosis.json; a report makes its own."""
 
 
 def run(settings: Diagnose) -> None:
     from data_loaders import durable
     from data_loaders.audit.summary import plain
-    from trainer.diagnosis import diagnose, gather, summary
-    from trainer.report.page import DIAGNOSIS, weights_of
+    from trainer.diagnosis import DIAGNOSIS, diagnose, gather, summary
+    from trainer.report.page import weights_of
 
     verdicts = diagnose(*gather(settings.run))
     out = settings.run / DIAGNOSIS

@@ -20,7 +20,7 @@ class Evaluate(Settings):
     splits: tuple[str, ...] = ()
     """Splits to evaluate; by default all but the training split."""
     data: Path | None = None
-    """Folder of the data set; by default the one the run was trained on."""
+    """Folder of the data set; by default the one the run was trained on. Splits of another are kept as SPLIT@DATA."""
     smallest_cell: NonNegativeInt = 0
     """Groups and cells of fewer images are left out of metrics.parquet, for the sake of those on them."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -38,6 +38,8 @@ def run(settings: Evaluate) -> None:
 
 def evaluate_run(settings: Evaluate) -> tuple[str, ...]:
     """Evaluates, and leaves the results in the run's folder; the splits that it did."""
+    import json
+
     import pyarrow as pa
     import pyarrow.parquet
     import torch
@@ -63,12 +65,14 @@ def evaluate_run(settings: Evaluate) -> tuple[str, ...]:
     splits = tuple(dict.fromkeys(settings.splits)) or tuple(name for name in index.splits if name != data.train)
     for split in splits:
         index.rows_of(split)  # refuses an unknown one before any is evaluated
+    learnt = json.loads((settings.run / "model" / "facts.json").read_bytes())
+    own = index.fingerprint == learnt["data"]
     facts = {"data": index.fingerprint, "groups": index.group_values, "model": durable.sha256(weights_of(settings.run))}
     for split in splits:
-        others = None if split in (data.train, data.validation) else trained.validation
-        context = Local(settings.run, device)
-        found = evaluate.evaluate(trained.model, trained.ledger, index, data, split, context, others)
-        evaluate.save(out, found, facts)
+        met = own and split in (data.train, data.validation)
+        context, said = Local(settings.run, device), None if met else trained.validation
+        found = evaluate.evaluate(trained.model, trained.ledger, index, data, split, context, said, learnt["groups"])
+        evaluate.save(out, found._replace(split=split if own else f"{split}@{index.fingerprint}"), facts)
     tables = [
         table_of(
             s.tally, s.classes, s.group_values, settings.smallest_cell, run=s.run, split=s.split, view=s.view, step=None
@@ -77,7 +81,7 @@ def evaluate_run(settings: Evaluate) -> tuple[str, ...]:
     ]
     with durable.writing(out / "metrics.parquet") as aside:
         pyarrow.parquet.write_table(pa.concat_tables(tables), aside)
-    return splits
+    return splits if own else tuple(f"{split}@{index.fingerprint}" for split in splits)
 
 
 def main() -> None:

@@ -35,6 +35,11 @@ class Predict(Settings):
     """Adds a column `set`: the classes that the image may be of, so that the true one is missing from at most alpha of
     the sets. With `by=group`, the source needs the run's group columns."""
 
+    equalise: Literal["recall", "selection_rate", "cost"] | None = None
+    """Thresholds of each group's own, fitted on the validation rows: as even a recall (equal opportunity) or selection
+    rate (demographic parity) in all groups, or the least cost in each. The source needs the run's group columns. It
+    uses the group to decide, which in some places and uses is unlawful, in others asked for: know which."""
+
     @field_validator("out")
     @classmethod
     def _is_a_table(cls, out: Path) -> Path:
@@ -71,7 +76,9 @@ def run(settings: Predict) -> None:
     decision = trained.config.decision.model_copy(update=given)
     listed = list(settings.source.rows(labelled=False))
     rows, rejected = [r for r in listed if isinstance(r, Row)], [r for r in listed if isinstance(r, Rejected)]
-    found = predict(trained, groups, decision, settings.source, rows, settings.estimate_prior, settings.conformal)
+    found = predict(
+        trained, groups, decision, settings.source, rows, settings.estimate_prior, settings.conformal, settings.equalise
+    )
     print("\n".join(found.lines), end="\n" if found.lines else "")
     tables = []
     for table, bad in found.tables:

@@ -29,11 +29,13 @@ class Report(Settings):
 def run(settings: Report) -> None:
     from data_loaders import durable
     from data_loaders.audit.summary import plain
+    from trainer.diagnosis import diagnose, gather
     from trainer.mitigation import common, remedies
     from trainer.report.page import read_whole, write
 
     durable.lasting(settings.out, "out")
-    runs = [read_whole(folder) for folder in settings.runs]
+    verdicts = [plain(diagnose(*gather(folder))) for folder in settings.runs]
+    runs = [read_whole(f)._replace(diagnosis=v) for f, v in zip(settings.runs, verdicts, strict=True)]
     found = [plain(remedy) for split in common(settings.runs) for remedy in remedies(settings.runs, split)]
     write(runs, settings.out, found)
     print(f"report in {settings.out}, its data in {settings.out.with_suffix('.json')}")

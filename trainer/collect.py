@@ -19,6 +19,7 @@ from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
 from data_loaders.index import Index
 from data_loaders.settings import parse_text
+from trainer.checkpoint import VALIDATION
 from trainer.config import Config
 from trainer.context import Row
 from trainer.metrics.calibration import coarse_bins
@@ -142,7 +143,9 @@ class Collector:
         folder = self.folder / "model"
         facts = json.loads((folder / "facts.json").read_bytes())
         facts |= {"identity": self.config.identity, "scores": dict(scores)}
-        return Artifact(f"model-{self.config.name}", "model", sorted(folder.iterdir()), facts)
+        unsaid = {VALIDATION} if self.config.tracking.smallest_cell else set()  # it has the cell of each image
+        files = sorted(path for path in folder.iterdir() if path.name not in unsaid)
+        return Artifact(f"model-{self.config.name}", "model", files, facts)
 
     def _tables(self, row: Row, before: Row | None) -> list[pa.Table]:
         key = {"run": self.config.name, "step": row["step"]}

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from data_loaders.audit.finding import Bias, Finding
-from data_loaders.settings import parse
+from data_loaders.settings import flat, parse
 from trainer.config import Config
 from trainer.probe import fitting
 from trainer.report.audits import read_audit, read_probes
@@ -112,6 +114,7 @@ class Verdict(NamedTuple):
     """What looks for it, where nothing did."""
 
 
+DIAGNOSIS = "diagnosis.json"
 OF_DATA: tuple[Bias, ...] = ("leakage", "class imbalance", "selection", "feature", "spatial")
 """What the audit of a data set looks for."""
 
@@ -124,12 +127,15 @@ class Gathered(NamedTuple):
     """Biases that something was run for."""
     commands: dict[Bias, str]
     """What looks for each."""
+    settings: dict[str, Any]
+    """Of the run, path -> value."""
 
 
 def gather(folder: Path) -> Gathered:
     """Everything that was found of a run: by the audit of its data, by probes of its model, and by its evaluations."""
     run = read_run(folder)
-    data = parse(Config, [str(folder / "model" / "config.yaml")]).data
+    config = parse(Config, [str(folder / "model" / "config.yaml")])
+    data = config.data
     others = [s for s in run.subjects if s.view == "ledger" and s.split not in (run.train, data.validation)]
     looked: set[Bias] = set()
     found: list[Finding] = []
@@ -141,7 +147,8 @@ def gather(folder: Path) -> Gathered:
         looked |= {"feature", "spatial", "label noise"}
         found += map(_finding, probe.tree["findings"])
     for subject in others:
-        looked |= {"decision", "score", "calibration"}
+        error = subject.ece()[0]
+        looked |= set() if math.isnan(error) else {"decision", "score", "calibration"}  # else a class was not seen
         decisions = json.loads((folder / "evaluation" / subject.split / "decisions.json").read_bytes())
         found += [_of_split(f, subject.split) for f in map(_finding, decisions["findings"])]
         found += _calibration(subject)
@@ -149,7 +156,8 @@ def gather(folder: Path) -> Gathered:
         looked |= {"underfitting", "overfitting"}
         for s in others:
             found += fitting.findings(fitting.fits(learnt.tally, s.tally, s.classes, s.group_values), s.split)
-    return Gathered(found, looked, _commands(folder, data.path, others[0].split if others else "test", run.train))
+    commands = _commands(folder, data.path, others[0].split if others else "test", run.train)
+    return Gathered(found, looked, commands, flat(config.model_dump(mode="json")))
 
 
 def _calibration(s: Subject) -> Iterator[Finding]:
@@ -178,8 +186,10 @@ def _of_split(finding: Finding, split: str) -> Finding:
     return finding._replace(text=f"on {split}, {finding.text}")
 
 
-def diagnose(findings: Iterable[Finding], looked: set[Bias], commands: Mapping[Bias, str]) -> list[Verdict]:
-    """A verdict for each bias, in the order in which to mend them."""
+def diagnose(
+    findings: Iterable[Finding], looked: set[Bias], commands: Mapping[Bias, str], settings: Mapping[str, Any]
+) -> list[Verdict]:
+    """A verdict for each bias, in the order in which to mend them; no advice that the settings follow already."""
     by_bias: dict[Bias, list[Finding]] = {bias: [] for bias in MEANINGS}
     for finding in findings:
         by_bias[finding.bias].append(finding)
@@ -189,11 +199,24 @@ def diagnose(findings: Iterable[Finding], looked: set[Bias], commands: Mapping[B
             MEANINGS[bias],
             bias in looked,
             found,
-            list(ADVICE[bias]) if found else [],
+            _advice(bias, settings) if found else [],
             "" if bias in looked else commands[bias],
         )
         for bias, found in by_bias.items()
     ]
+
+
+def _advice(bias: Bias, settings: Mapping[str, Any]) -> list[Advice]:
+    return [a for a in ADVICE[bias] if not (a.settings and all(_is_so(word, settings) for word in a.settings))]
+
+
+def _is_so(word: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the settings have what a word such as `train.epochs=20` asks for; of training, as much at least."""
+    path, _, text = word.partition("=")
+    wanted, have = yaml.safe_load(text), settings.get(path)
+    if path.startswith("train.") and isinstance(have, int | float):
+        return have >= wanted
+    return have == wanted
 
 
 def summary(verdicts: list[Verdict], shown: int = 4) -> str:

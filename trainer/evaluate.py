@@ -23,7 +23,7 @@ from trainer.decision.analysis import Analysis, analyse, to_json
 from trainer.decision.costs import ABSTAIN
 from trainer.decision.ledger import Ledger, log_softmax
 from trainer.decision.validation import Validation
-from trainer.metrics.groups import groupings
+from trainer.metrics.groups import GroupValues, groupings
 from trainer.metrics.intervals import Floats
 from trainer.metrics.tally import Ints, Shape, Tally, count
 
@@ -100,8 +100,15 @@ def evaluate(
     split: str,
     context: Context,
     validation: Validation | None = None,
+    groups: GroupValues | None = None,
 ) -> Evaluation:
-    """All views of one split; `validation` is what the model said of its validation rows, if these are others."""
+    """All views of one split; `validation` is what the model said of its validation rows, if these are others.
+
+    `groups` are those of the data that the model learnt from; where these have others, the calibrator and the sets know
+    no group.
+    """
+    if groups is not None and {k: tuple(v) for k, v in groups.items()} != index.group_values:
+        ledger, validation = ledger.ungrouped, None
     rows = index.rows_of(split)
     progress = Progress(f"evaluate {split}", len(rows), "rows") if context.rank == 0 else None
     logits = logits_of(model, index, data, rows, context, progress)

@@ -5,7 +5,6 @@ both sides, so every interval is paired; a remedy may help on average and harm a
 (Balestriero, Bottou, LeCun 2022).
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ from scipy.stats import binom, t
 
 from data_loaders.audit.summary import aligned
 from data_loaders.faults import Fault, Refusal
-from data_loaders.settings import parse
+from data_loaders.settings import flat, parse
 from trainer.config import Config
 from trainer.decision.ledger import log_softmax
 from trainer.metrics.groups import GroupValues, groupings
@@ -81,8 +80,7 @@ class Side(NamedTuple):
 class Images(NamedTuple):
     """The N images that all sides have seen."""
 
-    data: str
-    rows: Ints
+    ids: list[str]
     labels: Ints
     cells: Ints
     classes: tuple[str, ...]
@@ -191,9 +189,8 @@ def _read(folder: Path, run: EvaluatedRun, split: str) -> tuple[Images, list[Sid
         "argmax": log_softmax(np.stack([table[f"logit.{name}"].to_numpy() for name in classes], 1)),
         "ledger": np.log(np.maximum([table[f"p.{name}"].to_numpy() for name in classes], 1e-300)).T,
     }
-    data = json.loads((folder / "evaluation" / split / "facts.json").read_bytes())["data"]
     settings = flat(parse(Config, [str(folder / "model" / "config.yaml")]).model_dump(mode="json"))
-    settings = {p: v for p, v in settings.items() if not p.startswith(IGNORED)}
+    settings = {p: v for p, v in settings.items() if not p.startswith(IGNORED)} | {"data": run.facts["data"]}
     sides = [
         Side(
             run.name,
@@ -204,14 +201,7 @@ def _read(folder: Path, run: EvaluatedRun, split: str) -> tuple[Images, list[Sid
         )
         for view, p in log_p.items()
     ]
-    return Images(data, table["row"].to_numpy(), labels, cells.astype(np.int64), classes, groups), sides
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Path -> value of every leaf of a tree of settings."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {p: v for name, value in tree.items() for p, v in flat(value, f"{prefix}.{name}".strip(".")).items()}
+    return Images(table["id"].to_pylist(), labels, cells.astype(np.int64), classes, groups), sides
 
 
 def _codes(names: list[str], known: Sequence[str]) -> Ints:
@@ -220,7 +210,7 @@ def _codes(names: list[str], known: Sequence[str]) -> Ints:
 
 
 def _same(a: Images, b: Images) -> bool:
-    return a.data == b.data and a.classes == b.classes and np.array_equal(a.rows, b.rows)
+    return a.classes == b.classes and a.groups == b.groups and a.ids == b.ids and np.array_equal(a.labels, b.labels)
 
 
 def summary(r: Remedy) -> str:

@@ -25,6 +25,7 @@ from trainer.decision.label_shift import Method
 from trainer.decision.ledger import Decision, Ledger
 from trainer.decision.priors import PriorEstimate, estimate_prior
 from trainer.decision.strata import refuse_no_numbers
+from trainer.decision.thresholds import Aim, GroupThresholds, equalise
 from trainer.decision.validation import Validation
 from trainer.metrics.catalogue import Floats
 from trainer.metrics.groups import GroupValues, groupings
@@ -97,9 +98,11 @@ def predict(
     rows: list[Row],
     method: Method | None = None,
     sets: Conformal | None = None,
+    aim: Aim | None = None,
 ) -> Prediction:
-    """With a prior that `method` estimates from the images, where it is given, and with conformal `sets`."""
-    _refuse_what_cannot_be(trained, groups, source, rows, method, sets)
+    """With a prior that `method` estimates from the images, where it is given, with conformal `sets`, and with
+    decisions that are even between groups in `aim`."""
+    _refuse_what_cannot_be(trained, groups, source, rows, method, sets, aim)
     progress = Progress("predict", len(rows), "images")
     batches = answers(trained, groups, source, rows, progress)
     ledger, estimate, lines = trained.ledger.under(decision), None, []
@@ -111,17 +114,22 @@ def predict(
     thresholds = _thresholds(trained, ledger, groups, sets) if sets else None
     if thresholds:
         lines += [f"- {warning}" for warning in thresholds.warnings(ledger.classes, list(groupings(groups))[-1].groups)]
-    return Prediction(tables(ledger, batches, thresholds), estimate, lines)
+    even = _even(trained, ledger, groups, aim) if aim else None
+    return Prediction(tables(ledger, batches, thresholds, even), estimate, lines)
 
 
 def tables(
-    ledger: Ledger, batches: Iterable[Answers], thresholds: Thresholds | None = None
+    ledger: Ledger,
+    batches: Iterable[Answers],
+    thresholds: Thresholds | None = None,
+    even: GroupThresholds | None = None,
 ) -> Iterator[tuple[pa.Table, list[Rejected]]]:
     """A table for each batch, and the rows of it that cannot be decoded."""
     names = np.array([*ledger.classes, ABSTAIN])
     for logits, rows, cells, rejected in batches:
         log_p = ledger.log_probabilities(logits, cells=cells)
-        costs, decisions = ledger.expected_costs(log_p), ledger.decide(log_p)
+        costs = ledger.expected_costs(log_p)
+        decisions = even.decide(log_p, ledger.costs, cells) if even else ledger.decide(log_p)
         columns: dict[str, Any] = {"path": [row.id for row in rows]}
         columns |= {f"p.{name}": np.exp(log_p[:, k]) for k, name in enumerate(ledger.classes)}
         columns |= {"decision": names[decisions], "expected_cost": costs[np.arange(len(rows)), decisions]}
@@ -170,6 +178,13 @@ def _thresholds(trained: Trained, ledger: Ledger, groups: GroupValues, sets: Con
     return conformal.fit(log_p, validation, math.prod(map(len, groups.values())), ledger.deployment_prior, sets)
 
 
+def _even(trained: Trained, ledger: Ledger, groups: GroupValues, aim: Aim) -> GroupThresholds:
+    said = _validation(trained)
+    log_p = ledger.log_probabilities(said.logits, cells=said.cells)
+    shape = math.prod(map(len, groups.values())), len(ledger.classes)
+    return equalise(log_p, said.labels, said.cells, shape, ledger.costs, ledger.deployment_prior, aim)
+
+
 def _validation(trained: Trained) -> Validation:
     if trained.validation is None:
         fault = Fault("the model", "was published without what it says of its validation rows", "train it again")
@@ -184,14 +199,17 @@ def _refuse_what_cannot_be(
     rows: list[Row],
     method: Method | None,
     sets: Conformal | None,
+    aim: Aim | None,
 ) -> None:
     faults, k = [], len(trained.ledger.classes)
     if method and len(rows) * k > MOST_LOGITS:
         what = f"{len(rows):,} images of {k} classes are more than the {MOST_LOGITS:,} logits that are held for it"
         faults.append(Fault("estimate_prior", what, "estimate it from fewer, then give decision.prior"))
-    if sets and sets.by == "group" and rows and (cells_of(rows, source.group_names, groups) < 0).all():
+    by_group = {"conformal.by": "conformal.by=class"} if sets and sets.by == "group" else {}
+    by_group |= {"equalise": "leave it out"} if aim else {}
+    if by_group and rows and (cells_of(rows, source.group_names, groups) < 0).all():
         fix = f"give source.group_columns=[{','.join(groups)}]" if groups else "the run has no groups"
-        faults.append(Fault("conformal.by", "no image is of a known group", f"{fix}, or conformal.by=class"))
+        faults += [Fault(s, "no image is of a known group", f"{fix}, or {other}") for s, other in by_group.items()]
     if faults:
         raise Refusal("The images cannot be predicted so:", faults)
 

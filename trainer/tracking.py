@@ -34,7 +34,8 @@ class Tracking(Settings):
     artifacts: bool = True
     """Whether data set and model are recorded as artifacts."""
     smallest_cell: NonNegativeInt = 0
-    """Groups and cells of fewer images are not sent, for the sake of those on them."""
+    """Groups and cells of fewer images are not sent, for the sake of those on them, nor is what was said of each
+    validation image."""
     timeout_s: PositiveFloat = 60.0
     """Longest wait for the backend, at the start and at the end."""
 

@@ -157,6 +157,23 @@ def test_the_whole_way_on_a_few_drawn_images(tmp_path, monkeypatch, capsys):
     assert again["p.food"][0] == pytest.approx(found["p.food"][1], abs=1e-5)
 
 
+def test_an_evaluation_on_other_data_stays_apart_whatever_its_groups(own_data, monkeypatch, capsys):
+    drawn = ["source.kind=demo", "source.images=90", "source.size=16", "source.folder=drawn", "workers=1"]
+    run(monkeypatch, "ingest", *drawn, "out=first")
+    words = ["data.path=first", "data.size=16", "data.batch=32", "model.widths=[8]", "cluster.on=local", "name=g"]
+    run(monkeypatch, "train", *words, "cluster.device=cpu", "train.steps=4", "calibration.kind=group_temperature")
+    run(monkeypatch, "evaluate", "run=runs/g", "device=cpu", "splits=[test]")
+    plain = ["source.kind=csv", "source.path=drawn/labels.csv", "source.split_column=split", "workers=1"]
+    run(monkeypatch, "ingest", *plain, "source.group_columns=[camera]", "out=second")
+    run(monkeypatch, "evaluate", "run=runs/g", "device=cpu", "splits=[train,test]", "data=second")
+    kept = sorted(path.name for path in (own_data / "runs/g/evaluation").iterdir() if path.is_dir())
+    other = json.loads((own_data / "second/dataset.json").read_text())["fingerprint"]
+    assert kept == ["test", f"test@{other}", f"train@{other}"]
+    run(monkeypatch, "diagnose", "run=runs/g")
+    assert "not looked for: underfitting" in capsys.readouterr().out  # those rows are not the ones it learnt from
+    run(monkeypatch, "report", "runs=[runs/g]", "out=page.html")
+
+
 def test_a_saved_config_makes_the_same_weights_again(dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [f"data.path={dataset}", "data.size=12", "data.batch=16", "model.widths=[8]", "cluster.on=local"]

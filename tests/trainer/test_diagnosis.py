@@ -30,7 +30,7 @@ def test_every_setting_that_is_advised_exists_and_is_accepted(settings):
 
 def test_a_diagnosis_tells_what_was_found_what_was_not_and_what_was_not_looked_for():
     looked: set[Bias] = {"feature", "spatial", "decision"}
-    verdicts = diagnose([finding("decision", "argmax costs 0.2 more"), finding("feature")], looked, COMMANDS)
+    verdicts = diagnose([finding("decision", "argmax costs 0.2 more"), finding("feature")], looked, COMMANDS, {})
     assert [v.bias for v in verdicts if v.findings] == ["feature", "decision"]
     assert [v.bias for v in verdicts if v.looked and not v.findings] == ["spatial"]
     text = summary(verdicts)
@@ -43,7 +43,16 @@ def test_a_diagnosis_tells_what_was_found_what_was_not_and_what_was_not_looked_f
 
 
 def test_many_findings_of_a_bias_are_counted_and_not_all_told():
-    text = summary(diagnose([finding("selection", f"finding {i}") for i in range(9)], {"selection"}, COMMANDS))
+    text = summary(diagnose([finding("selection", f"finding {i}") for i in range(9)], {"selection"}, COMMANDS, {}))
     assert "finding 3" in text
     assert "finding 4" not in text
     assert "and 5 more" in text
+
+
+def test_what_the_run_does_already_is_not_advised():
+    done = {"decision.costs.kind": "balanced", "decision.prior": "natural", "train.epochs": 100.0, "train.members": 5}
+    found = [finding("decision"), finding("score")]
+    advised = [
+        a.settings for v in diagnose(found, {"decision", "score"}, COMMANDS, done) for a in v.advice if a.settings
+    ]
+    assert advised == [("data.sampler.temper=0",)]

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, ttest_rel
 
-from trainer.mitigation import Effect, Images, Side, effects, flat
+from data_loaders.settings import flat
+from trainer.mitigation import Effect, Images, Side, effects
 from trainer.mitigation import _remedy as remedy  # its reading is tested with the jobs
 
 CLASSES = ("food", "drinks", "desserts")
@@ -11,7 +12,7 @@ GROUPS = {"venue": ("home", "street")}
 
 def images(random: np.random.Generator, n: int = 1200) -> Images:
     cells, labels = random.integers(0, 2, n), random.choice(3, n, p=[0.6, 0.3, 0.1])
-    return Images("data", np.arange(n), labels, cells, CLASSES, GROUPS)
+    return Images([*map(str, range(n))], labels, cells, CLASSES, GROUPS)
 
 
 def side(right: np.ndarray, nll: np.ndarray) -> Side:
@@ -52,7 +53,7 @@ def test_p_values_are_those_of_scipy_before_they_are_adjusted_all_together():
     seen = images(random)
     before = side(random.random(1200) < 0.7, random.exponential(1.0, 1200))
     after = side(random.random(1200) < 0.72, before.nll + random.normal(-0.05, 0.5, 1200))
-    alone = Images("data", seen.rows, seen.labels * 0, seen.cells * 0, ("food",), {})
+    alone = Images(seen.ids, seen.labels * 0, seen.cells * 0, ("food",), {})
     lines = effects(before, after, alone)
     gained, lost = (after.right & ~before.right).sum(), (before.right & ~after.right).sum()
     p = [binomtest(int(min(gained, lost)), int(gained + lost)).pvalue, ttest_rel(after.nll, before.nll).pvalue]
@@ -61,7 +62,7 @@ def test_p_values_are_those_of_scipy_before_they_are_adjusted_all_together():
 
 
 def test_cells_of_few_images_are_shown_and_not_judged():
-    seen = Images("data", np.arange(30), np.repeat([0, 1], [25, 5]), np.zeros(30, np.int64), CLASSES, {})
+    seen = Images([*map(str, range(30))], np.repeat([0, 1], [25, 5]), np.zeros(30, np.int64), CLASSES, {})
     lines = effects(side(np.zeros(30, bool), np.ones(30)), side(np.ones(30, bool), np.zeros(30)), seen)
     assert found(lines, "food").verdict == "helps"
     few = found(lines, "drinks")

@@ -3,6 +3,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from data_loaders.audit.finding import Finding
 from data_loaders.audit.summary import plain, to_json
 from data_loaders.faults import Refusal
 from data_loaders.index import open_index
+from trainer.decision import analysis
 from trainer.decision.ledger import Decision
+from trainer.decision.validation import Validation
 from trainer.diagnosis import MEANINGS, diagnose
 from trainer.metrics.catalogue import recall
 from trainer.metrics.groups import groupings
@@ -63,6 +66,17 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
+def analysed() -> dict[str, Any]:
+    """What decisions on a few rows cost."""
+    random = np.random.default_rng(0)
+    labels, cells = np.repeat([0, 1, 2], [40, 20, 10]), random.integers(0, 4, 70)
+    logits = random.normal(0, 1, (70, 3)) + np.eye(3)[labels]
+    s = subject()
+    ledger = replace(s.ledger, classes=(HOSTILE, *CLASSES[1:]))
+    said = Validation(logits, labels, cells, np.arange(70))
+    return analysis.to_json(analysis.analyse(ledger, logits, labels, cells, list(groupings(s.group_values)), said))
+
+
 def subjects(run: str) -> list[Subject]:
     """Of the training split and of a test split, under both views."""
     trained = [replace(subject(5, run, view), split="train") for view in ("argmax", "ledger")]
@@ -72,9 +86,12 @@ def subjects(run: str) -> list[Subject]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("report") / "report.html"
-    runs = [EvaluatedRun(name, "train", FACTS, subject().ledger, subjects(name)) for name in ("natural", HOSTILE)]
+    runs = [
+        EvaluatedRun(name, "train", FACTS, subject().ledger, subjects(name), {"test": analysed()})
+        for name in ("natural", HOSTILE)
+    ]
     found = Finding("spatial", HOSTILE, HOSTILE, 0.1, 0.05, 0.2, np.nan, 30)
-    verdicts = plain(diagnose([found], {"spatial"}, dict.fromkeys(MEANINGS, HOSTILE)))
+    verdicts = plain(diagnose([found], {"spatial"}, dict.fromkeys(MEANINGS, HOSTILE), {}))
     number = Number(0.1, 0.05, 0.2, 30)
     effects = [Effect("all", HOSTILE, HOSTILE, number, 0.01, number, 0.01, "helps and harms")]
     remedies = [plain(Remedy("test", "natural, argmax", HOSTILE, [f"name: {HOSTILE}"], effects))]

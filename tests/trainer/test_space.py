@@ -93,7 +93,9 @@ def test_a_class_that_is_never_called_has_the_worst_precision_of_all():
     confusion = np.zeros((1, 3, 3), np.int64)
     confusion[0, :, 0] = 870, 104, 26  # all is called the majority
     t = Tally(confusion, *Tally.of(np.zeros(Shape(1, 3).size, np.int64), Shape(1, 3)).parts[1:])
-    assert Search(objective="precision").score(0, t) == 0
+    for name in ("precision", "worst_precision"):
+        assert Search(objective=name).score(0, t) == 0
+    assert Search(objective="macro_precision").score(0, t) == pytest.approx(0.87 / 3)
 
 
 def test_a_fraction_where_a_whole_number_is_wanted_and_what_all_trials_share_are_refused():

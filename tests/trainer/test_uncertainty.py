@@ -11,7 +11,6 @@ from trainer.metrics.calibration import Gaps, top_label
 from trainer.metrics.catalogue import FAIRNESS, JOINT, RATES, disparity
 from trainer.metrics.cells import cells, shrink, withheld
 from trainer.metrics.comparisons import DRAWN, comparisons, null_ends
-from trainer.metrics.groups import groupings
 from trainer.metrics.intervals import REPLICATES, benjamini_hochberg, bootstrap
 from trainer.metrics.long_table import table_of
 from trainer.metrics.statistics import Average, Lowest, Proportion
@@ -255,22 +254,111 @@ def test_what_is_withheld_cannot_be_had_by_subtraction(n, least):
     n = np.array(n)
     hidden = withheld(n, least)
     assert hidden[(n > 0) & (n < least)].all()
-    assert hidden.sum() != 1 or (n > 0).sum() == 1
+    if hidden.any():
+        everyone = (n > 0).sum() == hidden.sum()
+        assert everyone or (hidden.sum() >= 2 and n[hidden].sum() >= least)
     if least == 0:
         assert not hidden.any()
 
 
+KEY = {"run": "r", "split": "s", "view": "v", "step": 1}
+
+
+def told(groups: np.ndarray, labels: np.ndarray, columns: dict[str, tuple[str, ...]], least: int):
+    """Lines of the table of random probabilities, by grouping, group, class and metric."""
+    log_p = np.log(np.random.default_rng(0).dirichlet(np.ones(2), len(labels)))
+    shape = Shape(int(np.prod([len(v) for v in columns.values()])), 2)
+    t = tally_of(log_p, log_p.argmax(1), labels, groups, shape=shape)
+    lines = table_of(t, ("a", "b"), columns, least, **KEY).to_pylist()
+    return {(x["grouping"], x["group"], x["class"], x["metric"]): x for x in lines}
+
+
 def test_groups_that_are_too_small_have_neither_numbers_nor_n_in_the_table():
-    random = np.random.default_rng(0)
-    groups = np.repeat([0, 1, 2], [200, 60, 4])
-    log_p = np.log(random.dirichlet(np.ones(2), 264))
-    t = tally_of(log_p, log_p.argmax(1), random.integers(0, 2, 264), groups, shape=Shape(3, 2))
-    key = {"run": "r", "split": "s", "view": "v", "step": 1}
-    lines = table_of(t, ("a", "b"), {"venue": ("x", "y", "z")}, 10, **key).to_pylist()
-    accuracy = {line["group"]: line for line in lines if line["metric"] == "accuracy"}
-    assert accuracy["venue=x"]["n"] == 200
+    groups, labels = np.repeat([0, 1, 2], [200, 60, 4]), np.tile([0, 1], 132)
+    lines = told(groups, labels, {"venue": ("x", "y", "z")}, 10)
+    assert lines["venue", "venue=x", "", "accuracy"]["n"] == 200
     for name in ("venue=y", "venue=z"):  # z is small, and y would give it away
-        assert [accuracy[name][part] for part in ("value", "low", "high", "n")] == [None] * 4
-    assert accuracy["all"]["n"] == 264
-    assert all(line["n"] is None or line["n"] >= 10 for line in lines)
-    assert [g.name for g in groupings({"venue": ("x", "y", "z")})] == ["all", "venue"]
+        line = lines["venue", name, "", "accuracy"]
+        assert [line[part] for part in ("value", "low", "high", "n")] == [None] * 4
+    assert lines["all", "all", "", "accuracy"]["n"] == 264
+    assert all(x["n"] is None or x["n"] >= 10 for x in lines.values())
+    compared = [x for (*_, metric), x in lines.items() if metric in FAIRNESS]
+    assert compared
+    assert all(x["value"] is None for x in compared)
+
+
+def test_an_intersection_with_a_small_cell_is_not_told_since_its_margins_are():
+    cells = np.repeat([0, 1, 2, 3], [100, 80, 60, 5])
+    lines = told(cells, np.arange(245) % 2, {"venue": ("x", "y"), "camera": ("p", "s")}, 10)
+    assert lines["venue", "venue=y", "", "accuracy"]["n"] == 65
+    assert all(x["n"] is None for (grouping, *_), x in lines.items() if grouping == "venue x camera")
+
+
+def test_a_class_that_is_rare_in_one_group_is_told_of_no_group_and_of_all():
+    groups, labels = np.repeat([0, 1], [100, 100]), np.r_[np.arange(100) % 2, np.zeros(97, int), np.ones(3, int)]
+    lines = told(groups, labels, {"venue": ("x", "y")}, 10)
+    assert all(x["n"] is None for (grouping, _, name, _), x in lines.items() if grouping == "venue" and name)
+    assert lines["venue", "venue=y", "", "accuracy"]["n"] == 100
+    assert lines["all", "all", "b", "recall"]["n"] == 53
+
+
+def test_small_cells_are_not_told_to_differ_and_one_image_settles_nothing():
+    random, false = np.random.default_rng(0), 0
+    for _ in range(100):
+        n = random.integers(2, 30, (24, 5))
+        false += (cells(Proportion(random.binomial(n, 0.95), n)).p <= 0.05).any()
+    assert false <= 8
+    alone = cells(Proportion(np.array([[0], [95], [95]]), np.array([[1], [100], [100]])))
+    assert alone.p[0, 0] > 0.05
+    assert alone.needed[0, 0] >= 19
+
+
+@pytest.mark.parametrize(("n", "confidence", "accuracy"), [(10, 0.6, 0.9), (50, 0.7, 0.98), (200, 0.95, 0.999)])
+def test_the_interval_of_a_calibration_error_has_width_where_all_of_a_bin_are_right(n, confidence, accuracy):
+    right = np.random.default_rng(n).binomial(n, accuracy, 400)
+    bins = np.zeros((400, 15, 3))
+    bins[:, 0] = np.stack([np.full(400, n), right, np.full(400, n * confidence)], 1)
+    low, high = Gaps(bins).interval()
+    truth = accuracy - confidence
+    assert (high > low).all()
+    assert ((low <= truth) & (truth <= high)).mean() >= 0.92
+
+
+def test_a_mean_of_scores_too_small_for_their_squares_has_width():
+    p = np.random.default_rng(0).uniform(0.9895, 0.999, 400)
+    zero = np.zeros(400, np.int64)
+    found = RATES["nll"].of(tally_of(np.log(np.stack([p, 1 - p], 1)), zero, zero, zero, shape=Shape(1, 2)))
+    low, high = found.interval()
+    error = (-np.log(p)).std() / 20
+    assert high[0] - low[0] > 2 * 1.96 * error
+
+
+def test_a_group_of_one_image_is_no_mean_to_compare():
+    p = np.r_[np.full(200, 0.9), 0.01]
+    zero = np.zeros(201, np.int64)
+    groups = np.repeat([0, 1, 2], [100, 100, 1])
+    t = tally_of(np.log(np.stack([p, 1 - p], 1)), zero, zero, groups, shape=Shape(3, 2))
+    found = comparisons(t)["nll_difference"]
+    assert found.value < 1e-9
+    assert found.value <= found.high
+
+
+def test_a_class_that_is_hardly_ever_called_has_a_null_of_its_ratio():
+    confusion = np.zeros((2, 2, 2), np.int64)
+    confusion[:, 0, 0], confusion[:, 1, 1] = (47, 48), (3, 2)
+    assert not np.isnan(comparisons(of_confusion(confusion))["disparate_impact"].chance).any()
+
+
+def test_the_null_of_equalised_odds_is_of_both_rates():
+    random, false = np.random.default_rng(0), 0
+    for _ in range(120):
+        n = np.full((8, 2), 50)
+        found = comparisons(of_confusion(drawn(random, n, np.full((8, 2), 0.8))))["equalised_odds_difference"]
+        false += found.value[0] > found.chance[0]
+    assert false <= 11
+
+
+def test_a_bootstrap_of_nothing_is_nothing():
+    low, high = bootstrap(lambda c: c.sum(-1) * np.nan, np.zeros((2, 3), np.int64))
+    assert np.isnan(low).all()
+    assert np.isnan(high).all()

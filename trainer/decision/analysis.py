@@ -27,6 +27,7 @@ from trainer.decision.strata import (
 )
 from trainer.decision.validation import Validation
 from trainer.metrics.catalogue import Floats, divide
+from trainer.metrics.decomposition import Sure, corp, sure
 from trainer.metrics.groups import Grouping
 from trainer.metrics.intervals import LEVEL
 from trainer.metrics.tally import Ints
@@ -34,6 +35,8 @@ from trainer.metrics.tally import Ints
 ViewName = Literal["argmax", "ledger"]
 MOST_ENTRIES = 2**22
 """Entries of logits, rows times classes, that are looked at; of more rows a sample, of each class the same number."""
+SURE_ENTRIES, DRAWS = 2**17, 200
+"""Entries up to which the parts of a score have intervals, and their replicates."""
 NOTABLE = 0.05
 """Of the cost at hand that a regret, or in mistakes a gap, must reach to be told."""
 FALSE = 0.05
@@ -94,6 +97,26 @@ class ClassBenefit(NamedTuple):
     points: list[Benefit]
 
 
+class ClassScore(NamedTuple):
+    """Of a class against the rest: score = miscalibration - discrimination + uncertainty."""
+
+    name: str
+    """Empty of their sum, the Brier score."""
+    score: Number
+    miscalibration: Number
+    chance: float
+    """What the miscalibration of a calibrated model stays below in 95 of 100 cases."""
+    discrimination: Number
+    uncertainty: Number
+
+
+class Scores(NamedTuple):
+    """Of one way to make probabilities."""
+
+    view: ViewName
+    classes: list[ClassScore]
+
+
 class Analysis(NamedTuple):
     """Of one split."""
 
@@ -106,6 +129,8 @@ class Analysis(NamedTuple):
     """Net benefit of the calibrated probabilities."""
     sets: list[Sets]
     """Empty without validation rows."""
+    scores: list[Scores]
+    """The Brier score of each view, split into its parts."""
 
 
 def analyse(
@@ -141,19 +166,47 @@ def analyse(
         ],
         benefits=[ClassBenefit(*line) for line in benefits],
         sets=[] if validation is None else list(coverages(ledger, log_p, labels, cells, groupings, validation)),
+        scores=[Scores(name, _parts(np.exp(by_view[name]), labels, ledger)) for name in get_args(ViewName)],
     )
 
 
+def _parts(p: Floats, labels: Ints, ledger: Ledger) -> list[ClassScore]:
+    """Of probabilities [N, K], where classes occur as in use; intervals where there are few classes."""
+    seen = np.bincount(labels, minlength=p.shape[1])
+    weights = np.where(seen > 0, divide(ledger.deployment_prior, seen), 0)
+    found, n = corp(p, labels, weights), len(labels)
+    absent = np.full(p.shape[1] + 1, np.nan)
+    few = p.size <= SURE_ENTRIES
+    unsure = Sure((absent, absent), (absent, absent), absent, absent)
+    sure_of = sure(p, labels, weights, replicates=DRAWS) if few else unsure
+
+    def number(value: Floats, k: int, interval: tuple[Floats, Floats] = (absent, absent)) -> Number:
+        return Number(float(value[k]), float(interval[0][k]), float(interval[1][k]), n)
+
+    return [
+        ClassScore(
+            name,
+            number(found.score, k),
+            number(found.miscalibration, k, sure_of.miscalibration),
+            float(sure_of.chance_high[k]),
+            number(found.discrimination, k, sure_of.discrimination),
+            number(found.uncertainty, k),
+        )
+        for k, name in enumerate([*ledger.classes, ""])
+    ]
+
+
 def to_json(a: Analysis) -> dict[str, Any]:
-    return {**plain(a), "findings": [plain(f) for f in findings(a)]}
+    """With what stands out of the ledger's decisions: a bare argmax is not what the model decides by."""
+    return {**plain(a), "findings": [plain(f) for f in findings(a, ("ledger",))]}
 
 
-def findings(a: Analysis) -> Iterator[Finding]:
+def findings(a: Analysis, views: Sequence[ViewName] = get_args(ViewName)) -> Iterator[Finding]:
     """What stands out of the decisions and of the scores, with many classes or groups only what is surer for each
     (Bonferroni). A class has worse scores where the oracle leaves it more mistakes than the others, and its AUROC is
     lower too: the first alone may be what the costs ask for."""
     for view in a.views:
-        yield from _of_decisions(view)
+        yield from _of_decisions(view) if view.view in views else ()
     yield from _of_scores(a.views[-1])
 
 

@@ -78,6 +78,12 @@ class Ledger:
         return self.expected_costs(log_probabilities).argmin(1)
 
     @property
+    def ungrouped(self) -> "Ledger":
+        """Without what the calibrator has for single groups, whose cells other data number otherwise."""
+        known = self.calibrator
+        return self.with_calibrator(Temperatures(known.overall)) if isinstance(known, Temperatures) else self
+
+    @property
     def abstains(self) -> bool:
         """Whether abstaining is a decision: the one after the classes."""
         return self.costs.shape[1] > len(self.classes)

@@ -35,7 +35,8 @@ class Gaps(NamedTuple):
         from scipy.special import ndtr
 
         n, right, confidence = np.moveaxis(self.bins, -1, 0)
-        gap, sd = confidence - right, np.sqrt(np.maximum(right * (n - right), 0) / np.maximum(n, 1))
+        likely = np.where(n > 0, (right + 1) / (n + 2), 0)  # a bin that is all right is not sure to be (Laplace)
+        gap, sd = confidence - right, np.sqrt(n * likely * (1 - likely))
         ratio = np.divide(gap, sd, out=np.full(gap.shape, np.inf), where=sd > 0)
         seen = sd * np.sqrt(2 / np.pi) * np.exp(-(ratio**2) / 2) + np.abs(gap) * (1 - 2 * ndtr(-np.abs(ratio)))
         variance = np.maximum(gap**2 + sd**2 - seen**2, 0).sum(-1)

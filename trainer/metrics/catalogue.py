@@ -196,7 +196,9 @@ def disparity(name: str, tally: Tally) -> Floats:
     if name == "bias_amplification":
         return bias_amplification(tally)[0]
     rate, over_groups = FAIRNESS[name]
-    return DISPARITIES[over_groups](RATES[rate].value(tally))
+    found = RATES[rate].of(tally)
+    alone = isinstance(found, Mean) & (found.n < 2)  # a single score is no mean of a group
+    return DISPARITIES[over_groups](np.where(alone, np.nan, found.value))
 
 
 def bias_amplification(t: Tally) -> tuple[Floats, Floats]:
@@ -228,8 +230,12 @@ def single(name: str, tally: Tally) -> float:
     nothing was counted."""
     if name in RATES:
         overall = tally.overall()
+        never = (overall.called[0] == 0) & (overall.actual[0] > 0)
         value = RATES[name].value(overall)[0]
-        if value.ndim:
+        if name in {"macro_precision", "worst_precision"}:
+            value = np.where(never, 0.0, RATES["precision"].value(overall)[0])
+            value = np.asarray(np.nanmin(value) if name == "worst_precision" else np.nanmean(value))
+        elif value.ndim:
             value = np.where(np.isnan(value) & (overall.actual[0] > 0), 0.0, value)
     else:
         value = disparity(name, tally)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.special import betaincinv, betaln
-from scipy.stats import chi2
+from scipy.stats import hypergeom
 
 from trainer.metrics.intervals import LEVEL, Floats, benjamini_hochberg, difference, divide, z_of
 from trainer.metrics.statistics import Proportion
@@ -14,6 +14,8 @@ POWER = 0.8
 STRENGTHS = np.linspace(0.015, 0.7, 40) ** -2.0 - 1
 """Prior samples that shrinkage weighs against one another, from groups that are alike to groups that share little; even
 in the standard deviation of the groups (Gelman 2006)."""
+LEAST = 20
+"""Images that settle something at least: of fewer, the value that the rest is judged by is none."""
 MOST = 10**7
 """Images that are told as needed at most; more are no advice."""
 
@@ -28,7 +30,7 @@ class Cells(NamedTuple):
     high: Floats
     """Interval of value - rest (Newcombe 1998)."""
     p: Floats
-    """Of no difference: score test of two proportions, adjusted over all cells (Benjamini & Hochberg 1995)."""
+    """Of no difference: exact test of two proportions, adjusted over all cells (Benjamini & Hochberg 1995)."""
     shrunk: Floats
     shrunk_low: Floats
     shrunk_high: Floats
@@ -48,11 +50,11 @@ def cells(counted: Proportion, level: float = LEVEL) -> Cells:
 
 
 def _p(a: Proportion, b: Proportion) -> Floats:
-    """Two-sided, of the score test that two proportions are the same; NaN where a side has no trial."""
-    pooled = divide(a.hits + b.hits, a.trials + b.trials)
-    variance = pooled * (1 - pooled) * (divide(1, a.trials) + divide(1, b.trials))
-    gap = a.value - b.value
-    return np.where(np.isnan(gap), np.nan, chi2.sf(np.nan_to_num(divide(gap**2, variance)), 1))
+    """Two-sided, of the exact test that two proportions are the same, given both margins (Fisher 1935; the smaller
+    tail, doubled); NaN where a side has no trial."""
+    given = a.trials + b.trials, a.hits + b.hits, a.trials
+    tail = np.minimum(hypergeom.cdf(a.hits, *given), hypergeom.sf(a.hits - 1, *given))
+    return np.where((a.trials > 0) & (b.trials > 0), np.minimum(2 * tail, 1), np.nan)
 
 
 def shrink(counted: Proportion, level: float = LEVEL) -> tuple[Floats, Floats, Floats]:
@@ -95,14 +97,18 @@ def needed(counted: Proportion, rest: Proportion, level: float = LEVEL, power: f
     for _ in range(MOST.bit_length() + 1):
         middle = np.ceil((low + high) / 2)
         low, high = np.where(told(middle), low, middle), np.where(told(middle), middle, high)
-    return np.where(enough, np.maximum(high - counted.trials, 0), -1).astype(np.int64)
+    lacking = np.maximum(high, LEAST) - counted.trials
+    return np.where(enough, np.maximum(lacking, 0), -1).astype(np.int64)
 
 
 def withheld(n: Ints, least: int) -> np.ndarray:
-    """Which groups, of n samples [G] or [G, K], are too small to be told: those of fewer than `least`, and with a
-    single one of them the next larger too, since it would be what all others lack of the whole."""
+    """Which of the groups that make up a whole, of n samples [G], are not to be told: those of fewer than `least`, and
+    so many of the next larger that two are hidden, of `least` samples together: the others and the whole give no more
+    than their sum away."""
     small = (n > 0) & (n < least)
-    alone = small.sum(0) == 1
-    others = np.where(small | (n == 0), np.iinfo(np.int64).max, n)
-    next_larger = (np.arange(len(n)).reshape(-1, *[1] * (n.ndim - 1)) == others.argmin(0)) & (n > 0)
-    return small | (next_larger & alone)
+    if not small.any():
+        return small
+    order = np.argsort(np.where(n > 0, n, np.iinfo(np.int64).max), kind="stable")
+    rank = np.arange(1, len(n) + 1)
+    hidden = max(int(small.sum()), 2, int(np.searchsorted(n[order].cumsum(), least)) + 1)
+    return (np.isin(np.arange(len(n)), order[rank <= hidden])) & (n > 0)

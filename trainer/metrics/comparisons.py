@@ -51,9 +51,9 @@ def comparisons(tally: Tally, level: float = LEVEL, seed: int = 0) -> dict[str, 
     """Every fairness metric of a tally of two groups or more."""
     found: dict[str, Comparison] = {}
     ends: dict[str, Ends] = {}
-    for rate in dict.fromkeys(rate for rate, _ in FAIRNESS.values()):
+    for number, rate in enumerate(dict.fromkeys(rate for rate, _ in FAIRNESS.values())):
         statistic = RATES[rate].of(tally)
-        ends[rate] = null_ends(statistic, seed)
+        ends[rate] = null_ends(statistic, (seed << 8) + number)  # rates of the same samples are drawn apart
         at = simultaneous(level, _groups(statistic))
         interval = statistic.interval(at)
         for name in (name for name, (of, _) in FAIRNESS.items() if of == rate):
@@ -76,7 +76,8 @@ def null_ends(statistic: Statistic, seed: int = 0) -> Ends:
     """
     random = np.random.Generator(np.random.Philox(key=[seed, statistic.n.size]))
     if isinstance(statistic, Gaps):
-        values = statistic.null(seed)
+        each = [Gaps(bins[None]).null((seed << 24) + g)[:, 0] for g, bins in enumerate(statistic.bins)]
+        values = np.stack(each, 1)
         return lowest(values, 1), highest(values, 1)
     if isinstance(statistic, Proportion) and statistic.n.size * REPLICATES <= DRAWN:
         trials = statistic.trials
@@ -130,6 +131,8 @@ def _chance(ends: Ends, over: str, level: float) -> Floats:
     if over == "log_ratio":  # of a ratio of 0 it is infinite, which has no quantiles
         return -log_of(_chance(ends, "ratio", level))
     replicates = DISPARITIES[over](np.stack(ends))
+    if over == "ratio":
+        replicates = np.where(ends[1] == 0, 1, replicates)  # none in any group is parity
     return np.quantile(replicates, level if over in {"difference", "max"} else 1 - level, axis=0)
 
 

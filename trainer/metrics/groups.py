@@ -20,6 +20,11 @@ class Grouping(NamedTuple):
     cells: Ints
     """Group of each cell, [cells]."""
 
+    @property
+    def is_intersection(self) -> bool:
+        """Whether it has several columns."""
+        return " x " in self.name
+
     def of(self, tally: Tally) -> Tally:
         return tally.regroup(self.cells, len(self.groups))
 

@@ -107,7 +107,7 @@ def bootstrap(
 def resampled(counts: Ints, seed: int = 0) -> Iterator[Ints]:
     """REPLICATES draws of counts [G, cells], each group by itself, in parts [R, G, cells]."""
     random = np.random.Generator(np.random.Philox(key=[seed, counts.size]))
-    occurs = np.flatnonzero(counts.any(0))
+    occurs = np.flatnonzero(counts.any(0)) if counts.any() else np.zeros(1, np.int64)
     n, shares = counts.sum(1), np.where(counts.any(1, keepdims=True), counts, 1)[:, occurs].astype(np.float64)
     shares /= shares.sum(1, keepdims=True)
     each = max(1, DRAWN // counts.size)

@@ -39,13 +39,37 @@ def table_of(
     tally: Tally, classes: tuple[str, ...], values: GroupValues, smallest_cell: int = 0, **key: Any
 ) -> pa.Table:
     """Rows of SCHEMA for everything in the catalogue; `key` gives run, split, view and step. Groups and cells of fewer
-    than `smallest_cell` samples are withheld."""
+    than `smallest_cell` samples are withheld, and what would give them away."""
     parts = []
     for grouping in groupings(values):
         grouped = grouping.of(tally)
-        for lines in _lines(grouped):
-            parts.append(_table(lines, classes, grouping, smallest_cell, key))
+        hidden = Hidden.of(grouped, grouping.is_intersection, smallest_cell)
+        parts += [_table(lines, classes, grouping, hidden, key) for lines in _lines(grouped)]
     return pa.concat_tables(parts)
+
+
+class Hidden(NamedTuple):
+    """What is not told of a grouping."""
+
+    least: int
+    groups: np.ndarray
+    """[G]"""
+    by_class: bool
+    """All numbers by class: where a class has too few samples in some group, the others would give it away."""
+
+    @classmethod
+    def of(cls, tally: Tally, is_intersection: bool, least: int) -> "Hidden":
+        """An intersection with one group too small is not told at all, since its margins are."""
+        groups = withheld(tally.n, least)
+        if is_intersection and groups.any():
+            groups = np.ones_like(groups)
+        few = (tally.actual > 0) & (tally.actual < least)
+        return cls(least, groups, bool(len(groups) > 1 and (few.any() or groups.any())))
+
+    def mask(self, lines: "Lines", by_class: bool, n: Ints) -> np.ndarray:
+        """Of lines with samples n [G or 1, K or 1]."""
+        hidden = np.broadcast_to(n < self.least, n.shape) | (by_class and self.by_class)
+        return hidden | (self.groups[:, None] if lines.of_groups else self.groups.any())
 
 
 def _lines(tally: Tally) -> list[Lines]:
@@ -60,18 +84,16 @@ def _lines(tally: Tally) -> list[Lines]:
     return found
 
 
-def _table(
-    lines: Lines, classes: tuple[str, ...], grouping: Grouping, smallest_cell: int, key: dict[str, Any]
-) -> pa.Table:
+def _table(lines: Lines, classes: tuple[str, ...], grouping: Grouping, hidden: Hidden, key: dict[str, Any]) -> pa.Table:
     by_class = lines.n.ndim > lines.of_groups
     groups, names = grouping.groups if lines.of_groups else [""], classes if by_class else ("",)
     n = lines.n.reshape(len(groups), len(names))
-    hidden = (withheld(n, smallest_cell) if lines.of_groups else n < smallest_cell).ravel()
+    mask = hidden.mask(lines, by_class, n).ravel()
     same = {"metric": lines.metric, "grouping": grouping.name, **key}
     columns: dict[str, Any] = {k: pa.repeat(pa.scalar(v, SCHEMA.field(k).type), n.size) for k, v in same.items()}
     columns["group"] = pa.array(groups).take(pa.array(np.repeat(np.arange(len(groups)), len(names))))
     columns["class"] = pa.array(names).take(pa.array(np.tile(np.arange(len(names)), len(groups))))
     for name, values in zip(NUMBERS, lines.numbers, strict=True):
-        columns[name] = pa.array(np.ravel(values).astype(np.float64), mask=hidden)
-    columns["n"] = pa.array(n.ravel(), mask=hidden)
+        columns[name] = pa.array(np.ravel(values).astype(np.float64), mask=mask)
+    columns["n"] = pa.array(n.ravel(), mask=mask)
     return pa.table([columns[name] for name in SCHEMA.names], SCHEMA)

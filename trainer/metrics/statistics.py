@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.metrics.intervals import LEVEL, Floats, Statistic, divide, lowest, mean_of, simultaneous, wilson, z_of
-from trainer.metrics.tally import Ints
+from trainer.metrics.tally import SQUARE_SCALE, Ints
 
 
 class Proportion(NamedTuple):
@@ -47,7 +47,8 @@ class Mean(NamedTuple):
 
     def interval(self, level: float = LEVEL) -> tuple[Floats, Floats]:
         """Normal; NaN below two samples."""
-        squares = self.squares - self.samples * self.value**2
+        rounding = self.samples / (2 * SQUARE_SCALE)  # a square of less than that counts as none
+        squares = self.squares + rounding - self.samples * self.value**2
         variance = np.maximum(divide(squares, np.maximum(self.samples - 1, 0)), 0)
         half = z_of(level) * np.sqrt(divide(variance, self.samples))
         return np.maximum(self.value - half, 0), self.value + half

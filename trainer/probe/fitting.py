@@ -172,7 +172,7 @@ def _nll(t: Tally) -> Band:
     """[G, K] in nats, with a normal interval."""
     n = t.confusion.sum(2)
     mean = divide(t.scores[:, :, 0, 0] / SCALE, n)
-    squares = t.scores[:, :, 0, 1] / SQUARE_SCALE - n * mean**2
+    squares = (t.scores[:, :, 0, 1] + n / 2) / SQUARE_SCALE - n * mean**2  # half a unit a row for its rounding
     error = np.sqrt(divide(np.maximum(squares, 0), n * np.maximum(n - 1, 0)))
     return Band(mean, np.maximum(mean - z_of(INTERVAL) * error, 0), mean + z_of(INTERVAL) * error, error, n)
 

@@ -113,7 +113,7 @@ def wrong_of(run: Path, index: Index, rows: Ints) -> np.ndarray:
     trained = load_model(run / "model", device_for("auto"))
     context = Local(run, next(trained.model.parameters()).device)
     logits = logits_of(trained.model, index, trained.config.data, rows, context)
-    return view("ledger", trained.ledger, logits).decisions != index.labels[rows]
+    return view("ledger", trained.ledger, logits, index.cells[rows]).decisions != index.labels[rows]
 
 
 def of_several(runs: list[Run]) -> bool:

@@ -23,7 +23,6 @@ from trainer.report.tables import LEAST_N, Beside, Cell, Compared, Subject, fits
 from trainer.report.trials import Trials, read_trials
 
 HERE = Path(__file__).parent
-DIAGNOSIS = "diagnosis.json"
 
 
 class EvaluatedRun(NamedTuple):
@@ -35,6 +34,8 @@ class EvaluatedRun(NamedTuple):
     facts: dict[str, Any]
     ledger: Ledger
     subjects: list[Subject]
+    decisions: dict[str, Any]
+    """Split -> what decisions cost, and why."""
     audit: ShownAudit | None = None
     """Of the data it was trained on."""
     probes: tuple[ShownProbe, ...] = ()
@@ -42,7 +43,7 @@ class EvaluatedRun(NamedTuple):
     trials: Trials | None = None
     """Of the search that it won."""
     diagnosis: list[dict[str, Any]] | None = None
-    """The verdicts of `jobs.diagnose`."""
+    """Verdicts, as `jobs.diagnose` writes them."""
 
 
 def read_whole(folder: Path) -> EvaluatedRun:
@@ -53,7 +54,6 @@ def read_whole(folder: Path) -> EvaluatedRun:
         probes=read_probes(folder, weights),
         explanations=read_explanations(folder, weights),
         trials=read_trials(folder),
-        diagnosis=_diagnosis(folder, weights),
     )
 
 
@@ -79,14 +79,8 @@ def read_run(folder: Path) -> EvaluatedRun:
         for view, tally in read_tallies(path).items()
     ]
     train = parse(Config, [str(model / "config.yaml")]).data.train
-    return EvaluatedRun(folder.name, train, facts, ledger, subjects)
-
-
-def _diagnosis(folder: Path, weights: Path) -> list[dict[str, Any]] | None:
-    """The verdicts on these very weights."""
-    path = folder / DIAGNOSIS
-    tree = _json(path) if path.exists() else {}
-    return tree["verdicts"] if tree.get("model") == durable.sha256(weights) else None
+    decisions = {path.name: _json(path / "decisions.json") for path in evaluations}
+    return EvaluatedRun(folder.name, train, facts, ledger, subjects, decisions)
 
 
 def weights_of(folder: Path) -> Path:
@@ -158,6 +152,7 @@ def _tree(run: EvaluatedRun) -> dict[str, Any]:
             for fit in fits(run.subjects, run.train)
         ],
         "audit": run.audit and run.audit.tree,
+        "decisions": run.decisions,
         "probes": [probe.tree for probe in run.probes],
         "diagnosis": run.diagnosis,
     }
