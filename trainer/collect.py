@@ -155,7 +155,7 @@ class Collector:
         }
         names = {"train": self.config.data.train, "validation": self.config.data.validation}
         return [
-            table_of(tally, self.classes, self.group_values, split=names[part], view=view, **key)
+            table_of(tally, self.classes, self.group_values, bands=False, split=names[part], view=view, **key)
             for part, (view, tally) in tallies.items()
         ]
 

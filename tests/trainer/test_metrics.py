@@ -345,5 +345,9 @@ def test_the_long_table_holds_every_rate_of_every_group_with_its_n(samples):
     compared = [r for r in lines if r["metric"] == "equal_opportunity_difference" and r["grouping"] == "camera"]
     assert [r["class"] for r in compared] == ["a", "b", "c"]
     assert all(r["group"] == "" and 0 < r["chance"] < 1 for r in compared)
+    fast = table_of(samples.tally(), ("a", "b", "c"), GROUPS, bands=False, **key).to_pylist()
+    names = [[(r["metric"], r["group"], r["class"]) for r in part] for part in (fast, lines)]
+    assert names[0] == names[1]
+    np.testing.assert_array_equal([r["value"] for r in fast], [r["value"] for r in lines])
     plain = [r for r in lines if r["metric"] == "recall"]
     assert all(np.isnan(r["chance"]) for r in plain)

@@ -3,7 +3,8 @@
 Bins are [G, …, M, 3]: samples, samples right, sum of confidence; samples may be weighted.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -15,7 +16,8 @@ DRAWN = 2**24
 """Most binomials of a null band; a larger one is that of the normal limit."""
 
 
-class Gaps(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Gaps:
     """Expected calibration error: the mean gap between confidence and accuracy, by samples (Guo et al. 2017)."""
 
     bins: Floats
@@ -54,8 +56,12 @@ class Gaps(NamedTuple):
             sd = np.sqrt(n * confidence * (1 - confidence))
             mean, spread = sd.sum(-1) * np.sqrt(2 / np.pi), np.sqrt((sd**2).sum(-1) * (1 - 2 / np.pi))
             return divide(mean, whole), divide(mean + z_of(2 * level - 1) * spread, whole)
-        values = self.null(seed)
+        values = self._drawn if seed == 0 else self.null(seed)
         return values.mean(0), np.percentile(values, 100 * level, axis=0)
+
+    @cached_property
+    def _drawn(self) -> Floats:
+        return self.null()
 
     def null(self, seed: int = 0) -> Floats:
         """[REPLICATES, …] errors of a perfectly calibrated model."""

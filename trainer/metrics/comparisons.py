@@ -66,7 +66,7 @@ def comparisons(tally: Tally, level: float = LEVEL, seed: int = 0) -> dict[str, 
     found[JOINT[1]] = Comparison(
         value, value - half, value + half, np.full(len(value), np.nan), _least(RATES["recall"].of(tally))
     )
-    return found
+    return {name: found[name] for name in (*FAIRNESS, *JOINT)}
 
 
 def null_ends(statistic: Statistic, seed: int = 0) -> Ends:

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.metrics.calibration import Gaps
-from trainer.metrics.catalogue import RATES
+from trainer.metrics.catalogue import FAIRNESS, JOINT, RATES, disparity
 from trainer.metrics.cells import withheld
 from trainer.metrics.comparisons import comparisons
 from trainer.metrics.groups import Grouping, GroupValues, groupings
@@ -36,15 +36,23 @@ class Lines(NamedTuple):
 
 
 def table_of(
-    tally: Tally, classes: tuple[str, ...], values: GroupValues, smallest_cell: int = 0, **key: Any
+    tally: Tally,
+    classes: tuple[str, ...],
+    values: GroupValues,
+    smallest_cell: int = 0,
+    bands: bool = True,
+    **key: Any,
 ) -> pa.Table:
     """Rows of SCHEMA for everything in the catalogue; `key` gives run, split, view and step. Groups and cells of fewer
-    than `smallest_cell` samples are withheld, and what would give them away."""
+    than `smallest_cell` samples are withheld, and what would give them away.
+
+    Without bands, whose draws take a moment, comparisons and calibration errors have neither interval nor chance.
+    """
     parts = []
     for grouping in groupings(values):
         grouped = grouping.of(tally)
         hidden = Hidden.of(grouped, grouping.is_intersection, smallest_cell)
-        parts += [_table(lines, classes, grouping, hidden, key) for lines in _lines(grouped)]
+        parts += [_table(lines, classes, grouping, hidden, key) for lines in _lines(grouped, bands)]
     return pa.concat_tables(parts)
 
 
@@ -72,15 +80,26 @@ class Hidden(NamedTuple):
         return hidden | (self.groups[:, None] if lines.of_groups else self.groups.any())
 
 
-def _lines(tally: Tally) -> list[Lines]:
+def _lines(tally: Tally, bands: bool) -> list[Lines]:
     """Every rate of every group, and every comparison of the groups."""
     found = []
     for name, rate in RATES.items():
         statistic = rate.of(tally)
-        chance = statistic.calibrated()[1] if isinstance(statistic, Gaps) else np.full(statistic.value.shape, np.nan)
-        found.append(Lines(name, True, (statistic.value, *statistic.interval(), chance), statistic.n))
-    if tally.shape.groups > 1:
+        absent = np.full(statistic.value.shape, np.nan)
+        if isinstance(statistic, Gaps):
+            around = (*statistic.interval(), statistic.calibrated()[1]) if bands else (absent, absent, absent)
+        else:
+            around = (*statistic.interval(), absent)
+        found.append(Lines(name, True, (statistic.value, *around), statistic.n))
+    if tally.shape.groups > 1 and bands:
         found += [Lines(name, False, tuple(c[:4]), c.n) for name, c in comparisons(tally).items()]
+    elif tally.shape.groups > 1:
+        values = {name: disparity(name, tally) for name in (*FAIRNESS, *JOINT)}
+        n = int(tally.n.min())
+        found += [
+            Lines(name, False, (v, *(np.full(np.shape(v), np.nan),) * 3), np.full(np.shape(v), n))
+            for name, v in values.items()
+        ]
     return found
 
 
