@@ -140,3 +140,22 @@ def test_a_prior_is_not_estimated_from_more_than_memory_is_set_aside_for_nor_wit
     monkeypatch.setattr(module, "MOST_LOGITS", 599)
     with pytest.raises(Refusal, match="200 images of 3 classes are more than the 599 logits"):
         predict(trained, {}, trained.config.decision, source, rows, method="em")
+
+
+def test_decisions_that_are_even_between_groups_leave_probabilities_and_new_groups_as_they_are(folder, capsys):
+    listed = ["source.kind=csv", f"source.path={folder / 'list.csv'}", f"source.root={folder / 'new'}", "device=cpu"]
+    listed += ["source.group_columns=[venue,camera]", f"run={folder / 'r'}", f"out={folder / 'e.parquet'}"]
+    found = []
+    for words in ([], ["equalise=cost"]):
+        run("predict", *listed, *words)
+        found.append(pyarrow.parquet.read_table(folder / "e.parquet").to_pydict())
+    plain, even = found
+    assert even["p.food"] == plain["p.food"]
+    beach = np.arange(len(plain["path"])) % 3 == 2
+    moved = np.array(plain["decision"]) != np.array(even["decision"])
+    assert moved.any()
+    assert not moved[beach].any()
+    with pytest.raises(SystemExit) as end:
+        predicted(folder, "equalise=recall")
+    assert end.value.code == 2
+    assert "equalise: no image is of a known group" in capsys.readouterr().err
