@@ -3,7 +3,6 @@
 A bias is found, not found where it was looked for, or was not looked for; then the command that would is named.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -147,21 +146,19 @@ def gather(folder: Path) -> Gathered:
         looked |= {"feature", "spatial", "label noise"}
         found += map(_finding, probe.tree["findings"])
     for subject in others:
-        error = subject.ece()[0]
+        error, chance = subject.ece()
         looked |= set() if math.isnan(error) else {"decision", "score", "calibration"}  # else a class was not seen
-        decisions = json.loads((folder / "evaluation" / subject.split / "decisions.json").read_bytes())
-        found += [_of_split(f, subject.split) for f in map(_finding, decisions["findings"])]
-        found += _calibration(subject)
+        found += [_of_split(f, subject.split) for f in map(_finding, run.decisions[subject.split]["findings"])]
+        found += _calibration(subject, error, chance)
     for learnt in (s for s in run.subjects if (s.split, s.view) == (run.train, "ledger")):
         looked |= {"underfitting", "overfitting"}
-        for s in others:
+        for s in (s for s in others if s.group_values == learnt.group_values):  # other data may have other groups
             found += fitting.findings(fitting.fits(learnt.tally, s.tally, s.classes, s.group_values), s.split)
     commands = _commands(folder, data.path, others[0].split if others else "test", run.train)
     return Gathered(found, looked, commands, flat(config.model_dump(mode="json")))
 
 
-def _calibration(s: Subject) -> Iterator[Finding]:
-    error, chance = s.ece()
+def _calibration(s: Subject, error: float, chance: float) -> Iterator[Finding]:
     n = int(s.tally.n.sum())
     if error > chance:
         text = (

@@ -171,6 +171,9 @@ def test_an_evaluation_on_other_data_stays_apart_whatever_its_groups(own_data, m
     assert kept == ["test", f"test@{other}", f"train@{other}"]
     run(monkeypatch, "diagnose", "run=runs/g")
     assert "not looked for: underfitting" in capsys.readouterr().out  # those rows are not the ones it learnt from
+    run(monkeypatch, "evaluate", "run=runs/g", "device=cpu", "splits=[train]")
+    run(monkeypatch, "diagnose", "run=runs/g")  # though the other data have other groups than those rows
+    assert "not looked for: underfitting" not in capsys.readouterr().out
     run(monkeypatch, "report", "runs=[runs/g]", "out=page.html")
 
 

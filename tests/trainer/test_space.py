@@ -96,6 +96,8 @@ def test_a_class_that_is_never_called_has_the_worst_precision_of_all():
     for name in ("precision", "worst_precision"):
         assert Search(objective=name).score(0, t) == 0
     assert Search(objective="macro_precision").score(0, t) == pytest.approx(0.87 / 3)
+    for name in ("macro_precision", "worst_precision"):
+        assert np.isnan(Search(objective=name).score(0, t - t))
 
 
 def test_a_fraction_where_a_whole_number_is_wanted_and_what_all_trials_share_are_refused():

@@ -233,8 +233,9 @@ def single(name: str, tally: Tally) -> float:
         never = (overall.called[0] == 0) & (overall.actual[0] > 0)
         value = RATES[name].value(overall)[0]
         if name in {"macro_precision", "worst_precision"}:
-            value = np.where(never, 0.0, RATES["precision"].value(overall)[0])
-            value = np.asarray(np.nanmin(value) if name == "worst_precision" else np.nanmean(value))
+            parts = np.where(never, 0.0, RATES["precision"].value(overall)[0])
+            mean = divide(np.nansum(parts), (~np.isnan(parts)).sum())
+            value = lowest(parts) if name == "worst_precision" else mean
         elif value.ndim:
             value = np.where(np.isnan(value) & (overall.actual[0] > 0), 0.0, value)
     else:
