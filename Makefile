@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/python -m jobs.demo folder=build/demo
 
 test: setup check
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -24,11 +24,12 @@ from data_loaders.faults import Fault
 from data_loaders.formats.header import PIXEL_CAP
 from data_loaders.index import DamagedRow, Index, Ints, Reader, open_index
 from data_loaders.manifest import SHARDS
-from data_loaders.sampler import AnySampler, Sampler, Stratified, scramble
+from data_loaders.sampler import AnySampler, Stratified
 from data_loaders.settings import Settings
 from data_loaders.shards import rejected
 from data_loaders.sources.rows import Rejected, Row, Source, Unreadable
 from data_loaders.splits import TRAIN
+from data_loaders.stream import Sampler, scramble
 
 T = TypeVar("T")
 
@@ -132,22 +133,23 @@ def ids_of(index: Index, rows: Ints) -> pa.Array:
     return found.cast(pa.string()) if found.nbytes < 2**31 else found
 
 
-def share(batch: int, rank: int, workers: int) -> tuple[int, int]:
-    """First and past-the-last place of a rank's part of a batch; parts are contiguous and differ by one at most."""
-    return batch * rank // workers, batch * (rank + 1) // workers
+def cuts(batch: int, parts: int) -> list[range]:
+    """The places of a batch in so many parts, one after the other, which begin at even places: neighbours are mixed."""
+    bounds = [2 * (batch // 2 * part // parts) for part in range(parts)] + [batch]
+    return [range(*pair) for pair in pairwise(bounds)]
 
 
 def training_batches(
-    index: Index, data: Data, sampler: Sampler, seed: int, steps: range, rank: int = 0, workers: int = 1
+    index: Index, data: Data, sampler: Sampler, seed: int, steps: range, places: range | None = None
 ) -> Generator[Batch]:
-    """A rank's part of the batch of every step."""
-    start, stop = share(data.batch, rank, workers)
-    positions = (step * data.batch + np.arange(start, stop) for step in steps)
+    """The images at these places of the batch of every step; by default at all of them."""
+    at = np.asarray(places if places is not None else range(data.batch))
+    positions = (step * data.batch + at for step in steps)
 
     def load(reader: Reader, row: int, position: int) -> Pixels:
         return data.augmentation(picture(reader, row), data.size, rng(seed, position))
 
-    return _batches(index, data, ((sampler.rows(p), p, stop - start) for p in positions), load)
+    return _batches(index, data, ((sampler.rows(p), p, len(at)) for p in positions), load)
 
 
 def exact_batches(index: Index, data: Data, rows: Ints, rank: int = 0, workers: int = 1) -> Generator[Batch]:

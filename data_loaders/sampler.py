@@ -1,226 +1,293 @@
-"""Which row of the data set stands at a position of the endless training stream: a pure function.
+"""What the endless training stream is a mix of: how the rows are divided into strata, and how often each is drawn.
 
-A step takes the next `batch` positions and each rank its slice of them, so the order of the data does not depend on the
-number of workers, and all that a resume needs is the step.
-
-Every stratum (say, a class) holds tickets. A cycle deals every ticket once, in an order keyed by the cycle; the d-th
-ticket of a stratum takes the d-th row of an endless shuffled walk over its rows. So the mix is exact over each cycle,
-and the rows of a stratum repeat evenly. There is no state, and no table longer than the rows themselves.
+`stream.py` tells how a stream keeps its mix exactly, as a pure function of the position.
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Annotated, Literal, Protocol
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from data_loaders.faults import Fault, Refusal
-from data_loaders.index import Index, Ints
-from data_loaders.settings import Settings
+from data_loaders.index import MOST_CELLS, Index, Ints
+from data_loaders.settings import Fraction, Settings, nearest
+from data_loaders.stream import (
+    Floats,
+    Schedule,
+    Strata,
+    TicketSampler,
+    apportion,
+    branch,
+    permute,
+    tickets,
+)
 
-ROUNDS = 8
-LEAST_HALF_BITS = 3
-"""Six rounds, or fewer bits, are measurably not uniform over the orders of a stratum of two to seven rows."""
-CHUNK = 2**20
+By = Literal["label", "group", "label_and_group"]
 KEEP = 2**63
 """Keys the choice of the rows that are kept, apart from all strata and cycles."""
+LEAST_SHARE = 1e-9
+"""A cell of less would make a cycle too long to count."""
 
 
-class Sampler(Protocol):
-    """An endless training stream."""
+class Mix(Settings):
+    """What all samplers have whose mix never changes."""
 
-    def rows(self, positions: Ints) -> Ints:
-        """Row of the data set at each position of the stream, both of shape [P]."""
-        ...
+    @abstractmethod
+    def divided(self, index: Index, rows: Ints) -> Strata:
+        """These rows of the data set in their strata. Raises Refusal where the data have no such strata."""
 
-    def counts(self, start: int, stop: int) -> Ints:
-        """How often each class is drawn at positions start … stop-1, [K], without reading an image."""
-        ...
+    @abstractmethod
+    def weights(self, strata: Strata, index: Index) -> Floats:
+        """How often each stratum is drawn, [S], up to a factor."""
+
+    def over(self, index: Index, rows: Ints, seed: int, positions: int | None = None) -> TicketSampler:
+        """The stream over these rows of the data set. `positions`, those of the whole run, change nothing."""
+        strata = self.divided(index, rows)
+        return TicketSampler(strata, tickets(self.weights(strata, index), len(rows)), seed)
 
 
-class Strata(Settings):
-    """What all samplers have: the rows are divided into strata."""
+class Divided(Mix):
+    """What samplers have that treat strata of any kind alike."""
 
-    by: Literal["label", "group", "label_and_group"] = "label"
+    by: By = "label"
     """What makes two rows belong to one stratum."""
     columns: tuple[str, ...] = ()
     """Group columns that count for `by`; by default all, intersected."""
 
-    @abstractmethod
-    def tickets(self, sizes: Ints) -> Ints:
-        """How often each stratum is drawn in a cycle, [S], where so many rows of each are drawn from, [S]."""
-
-    def kept(self, strata: Ints, seed: int) -> Ints:
-        """Which of the N rows are drawn at all, in order; strata [N]."""
-        return np.arange(len(strata))
-
-    def over(self, index: Index, rows: Ints, seed: int) -> "TicketSampler":
-        """The stream over these rows of the data set."""
-        labels = index.labels[rows]
-        absent = sorted(set(range(len(index.classes))) - set(labels.tolist()))
-        if absent:
-            faults = [Fault("data", f"no training row of {index.classes[k]!r}", "add images of it") for k in absent]
-            raise Refusal("A class cannot be learned:", faults, 65)
-        strata = self._strata(index, rows)
-        kept = self.kept(strata, seed)
-        lost = sorted(set(labels.tolist()) - set(labels[kept].tolist()))
-        if lost:
-            fix = "set data.sampler.by=label_and_group, or another keep"
-            faults = [Fault("data.sampler", f"keeps no row of {index.classes[k]!r}", fix) for k in lost]
-            raise Refusal("A class cannot be learned:", faults)
-        return TicketSampler(rows[kept], labels[kept], strata[kept], len(index.classes), self, seed)
-
-    def _strata(self, index: Index, rows: Ints) -> Ints:
-        names = list(index.group_values)
-        faults = [
-            Fault("data.sampler.columns", f"no group column {c!r}", f"there are: {', '.join(names) or 'none'}")
-            for c in self.columns
-            if c not in names
-        ]
-        if self.by != "label" and not names:
-            faults.append(Fault("data.sampler.by", f"{self.by!r} needs a group column", "ingest with group_columns=…"))
-        if faults:
-            raise Refusal("The sampler does not fit the data:", faults)
-        used = [index.groups[rows, names.index(c)] for c in self.columns or names] if self.by != "label" else []
-        used += [index.labels[rows]] if self.by != "group" else []
-        return np.unique(np.stack(used, 1), axis=0, return_inverse=True)[1].reshape(-1)
+    def divided(self, index: Index, rows: Ints) -> Strata:
+        return _divided(index, rows, self.by, self.columns)
 
 
-class Stratified(Strata):
-    """Draws each stratum in proportion to (its size) ** temper; below 1, that oversamples the rare ones."""
+class Stratified(Divided):
+    """Draws each stratum in proportion to (its size) ** temper; below 1, that oversamples the rare ones (Kang et al.
+    2020, eq. 1)."""
 
     kind: Literal["stratified"] = "stratified"
     temper: float = Field(default=0.0, ge=0.0, le=1.0)
     """0 draws every stratum equally often (class-balanced), 1 as often as it occurs (natural order)."""
 
-    def tickets(self, sizes: Ints) -> Ints:
-        """Exact at temper 0 and 1, within 1 % of the smallest share between."""
-        scaled = np.rint(100 * sizes**self.temper * float(sizes.min()) ** (1 - self.temper)).astype(np.int64)
-        return scaled // np.gcd.reduce(scaled)
+    def weights(self, strata: Strata, index: Index) -> Floats:
+        return strata.sizes.astype(np.float64) ** self.temper
 
 
-class Undersampled(Strata):
-    """Keeps as many rows of each stratum as the smallest one has, chosen once, and draws the strata equally often. Each
-    member of an ensemble keeps others: balanced bagging (EasyEnsemble, Liu et al. 2009)."""
+class Undersampled(Divided):
+    """Draws the strata equally often, and of each only as many rows as the smallest one has. Each member of an ensemble
+    keeps others: balanced bagging (EasyEnsemble, Liu et al. 2009)."""
 
     kind: Literal["undersampled"] = "undersampled"
     keep: PositiveInt | None = None
     """Most rows that are kept of a stratum; by default as many as the smallest has."""
+    redraw: bool = False
+    """Choose other rows each time that all which were chosen of a stratum have been drawn (SUBG, Idrissi et al. 2022);
+    by default they are chosen once."""
 
-    def tickets(self, sizes: Ints) -> Ints:
-        return np.ones(len(sizes), np.int64)
+    def weights(self, strata: Strata, index: Index) -> Floats:
+        return np.ones(len(strata.sizes))
 
-    def kept(self, strata: Ints, seed: int) -> Ints:
-        """The rows that a walk of its own through each stratum meets first."""
-        sizes = np.bincount(strata)
-        order = np.argsort(strata, kind="stable")
-        place = np.arange(len(strata)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of each row within its stratum
+    def over(self, index: Index, rows: Ints, seed: int, positions: int | None = None) -> TicketSampler:
+        stream = super().over(index, rows, seed)
+        if self.redraw:
+            return replace(stream, lap=self._most(stream.strata))
+        kept = self.kept(stream.strata, seed)
+        fault = Fault("data.sampler", "keeps no row of", "set data.sampler.by=label_and_group, or another keep")
+        _refuse_lost(index, kept.class_sizes == 0, fault, 2)
+        return replace(stream, strata=kept)
+
+    def kept(self, strata: Strata, seed: int) -> Strata:
+        """Of the rows that a walk of its own through each stratum meets first."""
+        sizes = strata.sizes
+        place = np.arange(len(strata.rows)) - np.repeat(strata.first, sizes)  # of each row within its stratum
         place = permute(place, np.repeat(sizes, sizes), seed, KEEP, np.repeat(np.arange(len(sizes)), sizes))
-        return np.sort(order[place < (self.keep or sizes.min())])
+        return strata.only(place < np.repeat(self._most(strata), sizes))
+
+    def _most(self, strata: Strata) -> Ints:
+        return np.minimum(strata.sizes, self.keep or strata.sizes.min())
 
 
-AnySampler = Annotated[Stratified | Undersampled, Field(discriminator="kind")]
+class EffectiveNumber(Divided):
+    """Draws each row with a weight of 1 / (effective number of rows of its stratum) (Cui et al. 2019)."""
+
+    kind: Literal["effective_number"] = "effective_number"
+    beta: Fraction = 0.9999
+    """0 is the natural order; towards 1, every stratum is drawn equally often."""
+
+    def weights(self, strata: Strata, index: Index) -> Floats:
+        """Size / ((1 - beta ** size) / (1 - beta)), eq. 2 and 4."""
+        return strata.sizes * (1 - self.beta) / (1 - self.beta**strata.sizes)
 
 
-@dataclass(frozen=True)
-class TicketSampler:
-    """The stream that the module's text describes, over N rows in S strata."""
+class RepeatFactor(Divided):
+    """Repeats the rows of strata that are rarer than a threshold, sqrt(threshold / share) times on average (LVIS, Gupta
+    et al. 2019)."""
 
-    row_ids: Ints
-    """Rows of the data set, [N]."""
-    labels: Ints
-    """Their classes, [N]."""
-    strata: Ints
-    """Their strata, [N], in 0 … S-1, none empty."""
-    classes: int
-    settings: Strata
-    seed: int
-    sizes: Ints = field(init=False)
-    tickets: Ints = field(init=False)
+    kind: Literal["repeat_factor"] = "repeat_factor"
+    threshold: float = Field(default=0.001, gt=0.0, le=1.0)
+    """Share of the rows below which a stratum is repeated."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", np.bincount(self.strata))
-        object.__setattr__(self, "tickets", self.settings.tickets(self.sizes))
-
-    @property
-    def cycle(self) -> int:
-        """Positions after which every stratum has had exactly its share."""
-        return int(self.tickets.sum())
-
-    def rows(self, positions: Ints) -> Ints:
-        return self.row_ids[self._members(positions)]
-
-    def counts(self, start: int, stop: int) -> Ints:
-        total = np.zeros(self.classes, np.int64)
-        if self.settings.by != "group":  # then a stratum has one class, and whole cycles need no drawing
-            first, last = -(-start // self.cycle), stop // self.cycle
-            if first < last:
-                each = np.bincount(self.labels[self._first_member], weights=self.tickets, minlength=self.classes)
-                total += (last - first) * each.astype(np.int64)
-                return total + self._drawn(start, first * self.cycle) + self._drawn(last * self.cycle, stop)
-        return total + self._drawn(start, stop)
-
-    def _drawn(self, start: int, stop: int) -> Ints:
-        total = np.zeros(self.classes, np.int64)
-        for begin in range(start, stop, CHUNK):
-            members = self._members(np.arange(begin, min(begin + CHUNK, stop)))
-            total += np.bincount(self.labels[members], minlength=self.classes)
-        return total
-
-    def _members(self, positions: Ints) -> Ints:
-        """Which of the N rows stands at each position, [P]."""
-        cycle, turn = np.divmod(np.asarray(positions, np.int64), self.cycle)
-        ticket = permute(turn, self.cycle, self.seed, cycle)
-        stratum = np.searchsorted(self._first_ticket, ticket, side="right") - 1
-        draw = cycle * self.tickets[stratum] + ticket - self._first_ticket[stratum]
-        lap, place = np.divmod(draw, self.sizes[stratum])
-        place = permute(place, self.sizes[stratum], self.seed, stratum + 1, lap)
-        return self._by_stratum[self._first_row[stratum] + place]
-
-    @cached_property
-    def _by_stratum(self) -> Ints:
-        """[N], the rows of one stratum side by side."""
-        return np.argsort(self.strata, kind="stable")
-
-    @cached_property
-    def _first_row(self) -> Ints:
-        return np.cumsum(self.sizes) - self.sizes
-
-    @cached_property
-    def _first_ticket(self) -> Ints:
-        return np.cumsum(self.tickets) - self.tickets
-
-    @cached_property
-    def _first_member(self) -> Ints:
-        """A row of each stratum, [S]."""
-        return self._by_stratum[self._first_row]
+    def weights(self, strata: Strata, index: Index) -> Floats:
+        sizes = strata.sizes.astype(np.float64)
+        return sizes * np.maximum(1.0, np.sqrt(self.threshold * sizes.sum() / sizes))
 
 
-def permute(place: Ints, size: Ints | int, *keys: Ints | int) -> Ints:
-    """A keyed pseudo-random bijection of range(size), elementwise: a balanced Feistel cipher over a power of four
-    (Luby & Rackoff 1988), walked until it lands inside (Black & Rogaway 2002)."""
-    sizes = np.broadcast_to(np.asarray(size, np.uint64), place.shape)
-    bits = np.frexp(np.maximum(sizes, 2).astype(np.float64) - 1)[1]  # of the largest place; exact below 2**53
-    half = np.maximum((bits + 1) // 2, LEAST_HALF_BITS).astype(np.uint64)
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    key = np.zeros(place.shape, np.uint64)
-    for k in keys:
-        key = scramble(key + np.asarray(k).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-    out, todo = place.astype(np.uint64), np.arange(len(place))
-    while len(todo):
-        left, right = out[todo] >> half[todo], out[todo] & mask[todo]
-        for turn in range(ROUNDS):
-            left, right = right, left ^ (scramble(right + scramble(key[todo] + np.uint64(turn))) & mask[todo])
-        out[todo] = (left << half[todo]) | right
-        todo = todo[out[todo] >= sizes[todo]]
-    return out.astype(np.int64)
+class GroupConditional(Mix):
+    """Draws the groups that occur in a class equally often within it, while the mix of classes stays: where all groups
+    occur, they say nothing of the class (as after reweighing, Kamiran & Calders 2012, here with equal groups)."""
+
+    kind: Literal["group_conditional"] = "group_conditional"
+    columns: tuple[str, ...] = ()
+    """Group columns that count; by default all, intersected."""
+    temper: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Classes are drawn in proportion to (their size) ** temper: 1 keeps the natural mix, 0 balances them."""
+
+    def divided(self, index: Index, rows: Ints) -> Strata:
+        return _divided(index, rows, "label_and_group", self.columns)
+
+    def weights(self, strata: Strata, index: Index) -> Floats:
+        groups = np.bincount(strata.label, minlength=strata.classes)
+        return (strata.class_sizes**self.temper / groups)[strata.label]
 
 
-def scramble(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014): a bijection of 64-bit words that mixes every bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+class Joint(Mix):
+    """Draws each class in each group as often as is said."""
+
+    kind: Literal["joint"] = "joint"
+    columns: tuple[str, ...] = ()
+    """Group columns that count; by default all, intersected."""
+    shares: dict[str, dict[str, NonNegativeFloat]] = Field(min_length=1)
+    """Class -> group -> its share, up to a common factor; one that is left out is never drawn. A group of several
+    columns is called by its values, as in "home, phone"."""
+
+    def divided(self, index: Index, rows: Ints) -> Strata:
+        return _divided(index, rows, "label_and_group", self.columns)
+
+    def weights(self, strata: Strata, index: Index) -> Floats:
+        used = _columns(index, self.columns)
+        values = index.groups[strata.rows[strata.first]][:, [column for column, _ in used]]
+        groups = [", ".join(names[v] for (_, names), v in zip(used, row, strict=True)) for row in values.tolist()]
+        cells = list(zip([index.classes[k] for k in strata.label.tolist()], groups, strict=True))
+        known = {", ".join(names) for names in product(*(names for _, names in used))}
+        if faults := list(self._faults(index, known, set(cells))):
+            raise Refusal("The sampler does not fit the data:", faults)
+        return np.array([self.shares[label].get(group, 0.0) for label, group in cells])
+
+    def _faults(self, index: Index, groups: set[str], cells: set[tuple[str, str]]) -> Iterator[Fault]:
+        least = LEAST_SHARE * sum(sum(shares.values()) for shares in self.shares.values())
+        for label, shares in self.shares.items():
+            where = f"data.sampler.shares.{label}"
+            if label not in index.classes:
+                yield Fault(where, f"no class {label!r}", nearest(label, index.classes))
+            for group, share in shares.items():
+                if group not in groups:
+                    yield Fault(f"{where}.{group}", f"no group {group!r}", nearest(group, sorted(groups)))
+                elif label in index.classes and share and (label, group) not in cells:
+                    fix = "set its share to 0, or add images of it"
+                    yield Fault(f"{where}.{group}", f"no training row of {label!r} in {group!r}", fix)
+                elif 0 < share < least:
+                    yield Fault(f"{where}.{group}", f"{share} is less than {LEAST_SHARE} of all", "set it to 0")
+        for label in index.classes:
+            if not any(self.shares.get(label, {}).values()):
+                yield Fault("data.sampler.shares", f"class {label!r} is never drawn", "give it a share")
+
+
+AnyMix = Annotated[
+    Stratified | Undersampled | EffectiveNumber | RepeatFactor | GroupConditional | Joint, Field(discriminator="kind")
+]
+
+
+class Progressive(Settings):
+    """Goes from the natural mix to the balanced one, an epoch at a time (progressively balanced, Kang et al. 2020)."""
+
+    kind: Literal["progressive"] = "progressive"
+    by: Literal["label", "label_and_group"] = "label"
+    """What makes two rows belong to one stratum."""
+    columns: tuple[str, ...] = ()
+    """Group columns that count for `by`; by default all, intersected."""
+
+    def over(self, index: Index, rows: Ints, seed: int, positions: int | None = None) -> Schedule:
+        """The stream of a run of so many positions over these rows; each epoch draws as often as there are rows."""
+        firsts = range(0, _known(positions, self.kind), len(rows))
+        strata = _divided(index, rows, self.by, self.columns)
+        ways = np.linspace(0, 1, len(firsts)).tolist()
+        mixes = [apportion(self.weights(strata.sizes, way), len(rows)) for way in ways]
+        streams = [TicketSampler(strata, mix, branch(seed, phase)) for phase, mix in enumerate(mixes)]
+        return Schedule(tuple(firsts), streams)
+
+    def weights(self, sizes: Ints, way: float) -> Floats:
+        """Draws of each stratum in an epoch, [S], when so much of the way is gone: 0 in the first, 1 in the last."""
+        return (1 - way) * sizes + way * sizes.mean()
+
+
+class Deferred(Settings):
+    """Draws one mix first and another one later (deferred re-sampling, DRS, Cao et al. 2019)."""
+
+    kind: Literal["deferred"] = "deferred"
+    first: AnyMix = Stratified(temper=1.0)
+    """The mix at the beginning, by default the natural one."""
+    then: AnyMix = Stratified(temper=0.0)
+    """The mix at the end, by default the class-balanced one."""
+    after: Fraction = 0.8
+    """Share of the run that is drawn from the first mix."""
+
+    def over(self, index: Index, rows: Ints, seed: int, positions: int | None = None) -> Schedule:
+        """The stream of a run of so many positions over these rows."""
+        change = int(self.after * _known(positions, self.kind))
+        firsts = (0, change) if change else (0,)
+        mixes = (self.first, self.then)[-len(firsts) :]
+        return Schedule(firsts, [mix.over(index, rows, branch(seed, phase)) for phase, mix in enumerate(mixes)])
+
+
+AnySampler = Annotated[AnyMix | Progressive | Deferred, Field(discriminator="kind")]
+
+
+def _known(positions: int | None, kind: str) -> int:
+    if positions is None:
+        what, fix = f"{kind!r} changes over a run, and its length is not known here", "choose a mix that stays the same"
+        raise Refusal("The sampler has no end:", [Fault("data.sampler.kind", what, fix)])
+    return positions
+
+
+def _divided(index: Index, rows: Ints, by: By, columns: tuple[str, ...]) -> Strata:
+    """These rows in the strata that occur, in the order of their groups, and of their classes within.
+
+    Raises Refusal where there is no such column, or a class has no row.
+    """
+    absent = np.bincount(index.labels[rows], minlength=len(index.classes)) == 0
+    _refuse_lost(index, absent, Fault("data", "no training row of", "add images of it"), 65)
+    groups = _columns(index, columns) if by != "label" or columns else []
+    used = [(index.groups[:, c], len(names)) for c, names in groups] if by != "label" else []
+    used += [(index.labels, len(index.classes))] if by != "group" else []
+    number, most = np.zeros(len(rows), np.int64), 1
+    for values, count in used:
+        number, most = number * count + values[rows], most * count
+        if most > MOST_CELLS:
+            number, most = np.unique(number, return_inverse=True)[1], len(rows)
+    occurs = np.bincount(number) > 0
+    return Strata.of(rows, (np.cumsum(occurs) - 1)[number], index.labels, len(index.classes))
+
+
+def _columns(index: Index, columns: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
+    """Number and values of these group columns, or of all."""
+    names = list(index.group_values)
+    faults = [
+        Fault("data.sampler.columns", f"no group column {c!r}", f"there are: {', '.join(names) or 'none'}")
+        for c in columns
+        if c not in names
+    ]
+    if not names:
+        faults.append(Fault("data.sampler", "groups need a group column", "ingest with group_columns=…"))
+    if faults:
+        raise Refusal("The sampler does not fit the data:", faults)
+    return [(names.index(c), index.group_values[c]) for c in columns or names]
+
+
+def _refuse_lost(index: Index, lost: NDArray[np.bool_], fault: Fault, exit_code: int) -> None:
+    """Raises Refusal with this fault for each class that is lost, [K]."""
+    if lost.any():
+        names = [index.classes[k] for k in np.flatnonzero(lost)]
+        faults = [fault._replace(what=f"{fault.what} {name!r}") for name in names]
+        raise Refusal("A class cannot be learned:", faults, exit_code)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from data_loaders.faults import Fault, Refusal
 from data_loaders.index import Ints, Reader, open_index
 from data_loaders.loader import ids_of, picture
-from data_loaders.sampler import Stratified
+from data_loaders.sampler import AnySampler, Stratified
 
 AT_ONCE = 2**16
 """Positions whose rows are computed at once."""
@@ -130,10 +130,13 @@ class BalancedSampler(Sampler[int]):
         *,
         columns: tuple[str, ...] = (),
         batch_size: int = 1,
+        sampler: AnySampler | None = None,
+        epochs: int | None = None,
     ) -> None:
         """`columns` are the group columns that count for `by`; by default all, intersected. `num_samples` is that of an
         epoch over all ranks, by default one for each item. `rank` and `world_size` are by default those of
-        torch.distributed."""
+        torch.distributed. `sampler` is any other mix, in place of `by`, `temper` and `columns`; one that changes, such
+        as Progressive(), needs the `epochs` of the whole training."""
         joined = torch.distributed.is_available() and torch.distributed.is_initialized()
         self.rank = rank if rank is not None else torch.distributed.get_rank() if joined else 0
         self.world_size = world_size or (torch.distributed.get_world_size() if joined else 1)
@@ -141,7 +144,9 @@ class BalancedSampler(Sampler[int]):
             raise ValueError(f"rank {self.rank} is not one of {self.world_size}")
         self.num_samples, self.batch_size = num_samples or len(dataset), batch_size
         self._rows = dataset.rows
-        self._stream = Stratified(by=by, columns=columns, temper=temper).over(dataset.index, dataset.rows, seed)
+        mix = sampler or Stratified(by=by, columns=columns, temper=temper)
+        positions = epochs * self.num_samples if epochs else None
+        self._stream = mix.over(dataset.index, dataset.rows, seed, positions)
         self.epoch = 0
         self._start = self._drawn = 0  # positions of the epoch that all ranks together had at the resume, and have now
         self._ended = False

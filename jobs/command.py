@@ -13,8 +13,8 @@ EPILOGUE = """
 Words: names of YAML files and path=value, later ones winning, for example
   {example}
 
-Exit codes: 0 done; 2 wrong settings; 65 unusable data; 73 a file cannot be written or read; 75 try again;
-130 interrupted."""
+Exit codes: 0 done; 2 wrong settings; 65 unusable data; 73 a file cannot be written or read; 74 a full disk while
+training; 75 try again: the same command goes on; 130 interrupted at once."""
 
 
 def command(kind: Callable[[], type[S]], doc: str | None, example: str, action: Callable[[S], None]) -> None:

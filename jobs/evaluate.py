@@ -56,7 +56,7 @@ def evaluate_run(settings: Evaluate) -> tuple[str, ...]:
     trained = load_model(settings.run / "model", device)
     data = trained.config.data
     index = open_index(settings.data) if settings.data else data.index()
-    torch.set_num_threads(trained.config.cluster.threads * trained.config.cluster.workers)
+    torch.set_num_threads(trained.config.cluster.threads * trained.config.cluster.most)
     if index.classes != trained.ledger.classes:
         fix = f"the model knows {', '.join(trained.ledger.classes)}, in this order"
         fault = Fault(str(index.folder), f"has the classes {', '.join(index.classes)}", fix)

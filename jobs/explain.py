@@ -48,7 +48,7 @@ def run(settings: Explain) -> None:
 
     trained = load_model(settings.run / "model", device_for(settings.device))
     config = trained.config.model_copy(update={"folder": settings.run.resolve().parent})
-    torch.set_num_threads(config.cluster.threads * config.cluster.workers)
+    torch.set_num_threads(config.cluster.threads * config.cluster.most)
     index = open_index(settings.data) if settings.data else config.data.index()
     sections, facts = _chosen(settings, index)
     look = Look(max(round(settings.window * config.data.size), 1), settings.steps, config.seed)

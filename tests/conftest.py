@@ -3,10 +3,12 @@
 import csv
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from data_loaders.ingest import Ingest, in_processes, ingest
 from data_loaders.shards import Shards
@@ -18,6 +20,27 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 ROWS = {"train": (60, 18, 6), "val": (18, 9, 6), "test": (20, 11, 6)}
 """Split -> rows of the classes dessert, drink and food."""
+
+
+class ByFile(LoadScopeScheduling):
+    """Side by side, the tests of one file stay together, since they share fixtures, and so do those of all files that
+    start Ray, since two at once would be too much for a small machine."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if "mark.ray" in (self.config.rootpath / file).read_text() else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    """Groups of xdist itself (loadgroup) are ignored where pytest is 9.2 (pytest-xdist#1386)."""
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start Ray come first: together they take longest."""
+    first = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in first)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,13 @@
 """Checkpoints that a run goes on from, and the model that it ends with: safetensors and JSON, hashed, published whole.
 
-A checkpoint is run/checkpoints/step-NNNNNNNNN/{model,optimizer,tally}.safetensors, state.json, MANIFEST.json.
+A checkpoint is run/checkpoints/step-NNNNNNNNN/{model,optimizer,…}.safetensors, state.json, MANIFEST.json. A thread
+writes it, from a copy, while training goes on.
 """
 
 import json
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,33 +34,91 @@ MOST_LOGITS = 2**26
 """Of validation rows, kept with a model: 256 MiB."""
 
 
+class Best(NamedTuple):
+    """Of early stopping."""
+
+    step: int
+    score: float
+
+
 class State(NamedTuple):
-    """What a run goes on with, beside its weights."""
+    """What a run goes on with, beside its tensors."""
 
     step: int
     """Steps that are done."""
     identity: str
     """Hash of what decides the weights: settings and data."""
-    report: Row
-    """What was to be reported of this step: a run that died in between reports it when it goes on."""
+    report: Row | None = None
+    """What was to be reported of this step: a run that died in between reports it when it goes on. None between two
+    reports."""
+    best: Best | None = None
+    """The best report until here, where training may stop early."""
+    machine: dict[str, str | int] | None = None
+    """What the bits of the weights depend on beside settings and data."""
 
     @property
     def key(self) -> str:
         """Names the step, in reports and folders."""
-        return f"step-{self.step:09d}"
+        return key_of(self.step)
 
 
-def save(run: Path, state: State, model: nn.Module, optimizer: Optimizer, seen: Tensor, keep: int) -> Path:
-    """Publishes a checkpoint, then removes all but the newest `keep`; its path."""
+def key_of(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+class Learned(NamedTuple):
+    """All tensors of a run, file by file, and what of it is plain numbers."""
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    plain: dict[str, Any]
+
+
+class Writer:
+    """Publishes the checkpoints of a run, one at a time, in a thread of its own."""
+
+    def __init__(self, run: Path, keep: int) -> None:
+        self.run, self.keep = run, keep
+        self.published: Path | None = None
+        """The newest one, once it is whole and on the disk."""
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, state: State, learned: Learned) -> None:
+        """Takes a copy, and returns; waits for the checkpoint before, and raises what went wrong with it."""
+        self.wait()
+        copies, ready = _copied(learned.tensors)
+        self._writing = self._thread.submit(self._publish, state, copies, ready, learned.plain)
+
+    def wait(self) -> None:
+        """Until all that was saved is published. Raises what kept it from being so: OSError, or Refusal (74) where the
+        disk is full."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _publish(self, state: State, tensors: Mapping[str, Mapping[str, Tensor]], ready: Any, plain: Any) -> None:
+        if ready is not None:
+            ready.synchronize()
+        self.published = publish(self.run, state, Learned(tensors, plain))
+        kept = {key_of(state.best.step)} if state.best else set()
+        for old in [folder for folder in _steps(self.run)[self.keep :] if folder.name not in kept]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def publish(run: Path, state: State, learned: Learned) -> Path:
+    """Writes a checkpoint; its path."""
     folder = run / "checkpoints" / state.key
-    tensors, plain = _split(optimizer)
-    with durable.publishing(folder) as aside:
-        save_file(_on_cpu(model.state_dict()), aside / "model.safetensors")
-        save_file(_on_cpu(tensors), aside / "optimizer.safetensors")
-        save_file(_on_cpu({"seen": seen}), aside / "tally.safetensors")
-        durable.write_json(aside / "state.json", {**state._asdict(), "optimizer": plain})
-    for old in _steps(run)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    needed = sum(t.nbytes for part in learned.tensors.values() for t in part.values())
+    with durable.publishing(folder, needed) as aside:
+        for name, part in learned.tensors.items():
+            save_file(dict(part), aside / f"{name}.safetensors")
+        durable.write_json(aside / "state.json", {**state._asdict(), "plain": learned.plain})
     return folder
 
 
@@ -75,20 +135,13 @@ def newest(run: Path) -> tuple[Path, list[str]] | tuple[None, list[str]]:
 
 def state_of(folder: Path) -> State:
     """The state of a checkpoint, without its tensors."""
-    return _state(json.loads((folder / "state.json").read_bytes()))
+    return _read(folder)[0]
 
 
-def restore(folder: Path, identity: str, model: nn.Module, optimizer: Optimizer, seen: Tensor) -> State:
-    """Loads a checkpoint into the model, the optimiser and the counts; refuses one of other settings or data."""
-    tree = json.loads((folder / "state.json").read_bytes())
-    state = _state(tree)
-    if state.identity != identity:
-        fix = "give another name=…, or remove the folder to start anew"
-        raise Refusal("This run was started with other settings:", [Fault(str(folder), "is a checkpoint of it", fix)])
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    optimizer.load_state_dict(_join(load_file(folder / "optimizer.safetensors"), tree["optimizer"]))
-    seen.copy_(load_file(folder / "tally.safetensors")["seen"])
-    return state
+def load(folder: Path) -> tuple[State, Learned]:
+    """A checkpoint that verified."""
+    state, plain = _read(folder)
+    return state, Learned({path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}, plain)
 
 
 @dataclass(frozen=True)
@@ -154,8 +207,10 @@ def _sampled(validation: Validation, seed: int, most: int = MOST_LOGITS) -> Vali
     return Validation(logits[kept], labels[kept], cells[kept], rows[kept])
 
 
-def _state(tree: dict[str, Any]) -> State:
-    return State(tree["step"], tree["identity"], tree["report"])
+def _read(folder: Path) -> tuple[State, dict[str, Any]]:
+    tree = json.loads((folder / "state.json").read_bytes())
+    plain = tree.pop("plain")
+    return State(**tree | {"best": Best(*tree["best"]) if tree["best"] else None}), plain
 
 
 def _steps(run: Path) -> list[Path]:
@@ -163,7 +218,7 @@ def _steps(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"), reverse=True)
 
 
-def _split(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of an optimiser as named tensors and a JSON tree."""
     state = optimizer.state_dict()
     tensors = {
@@ -175,12 +230,34 @@ def _split(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"param_groups": state["param_groups"], "state": plain}
 
 
-def _join(tensors: dict[str, Tensor], tree: dict[str, Any]) -> dict[str, Any]:
+@torch.no_grad()
+def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], tree: Mapping[str, Any]) -> None:
+    """What `optimizer_state` gave."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {int(p): dict(values) for p, values in tree["state"].items()}
     for name, tensor in tensors.items():
-        parameter, _, key = name.partition(".")
-        state[int(parameter)][key] = tensor
-    return {"state": state, "param_groups": tree["param_groups"]}
+        number, _, key = name.partition(".")
+        like = parameters[int(number)]
+        whole = tensor.shape == like.shape  # laid out as the weights are: a fused optimiser takes that for granted
+        state[int(number)][key] = torch.empty_like(like).copy_(tensor) if whole else tensor
+    optimizer.load_state_dict({"state": state, "param_groups": tree["param_groups"]})
+
+
+def _copied(tensors: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, dict[str, Tensor]], Any]:
+    """Copies on the host, and, where they come from a GPU, the event after which they are whole: nobody waits here."""
+    out = {file: {name: _copy(tensor) for name, tensor in part.items()} for file, part in tensors.items()}
+    if not any(t.is_cuda for part in tensors.values() for t in part.values()):
+        return out, None
+    ready = torch.cuda.Event()
+    ready.record()
+    return out, ready
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor.detach(), non_blocking=True)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,11 +6,12 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from data_loaders.loader import Data
-from data_loaders.settings import Settings, digest
+from data_loaders.settings import Fraction, Settings, digest
 from trainer.context import Cluster
 from trainer.decision.fits import AnyCalibrator, Best, Temperature
 from trainer.decision.ledger import Decision
 from trainer.losses import AnyLoss, CrossEntropy
+from trainer.mixing import AnyMixing, Unmixed
 from trainer.model import AnyModel, SmallCnn
 from trainer.optimizer import AnyOptimizer, Sgd
 from trainer.penalties import Penalties
@@ -30,8 +31,25 @@ class Train(Settings):
     """Checkpoints that are kept, the newest ones."""
     members: PositiveInt = 1
     """Models of an ensemble: each is a run of its own, with a seed of its own; their probabilities are averaged."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of convolutions and products; `auto` is bfloat16 on a GPU that has it, else float32."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of convolutions and products; `auto` is bfloat16 on a GPU that has it, else float32. float16 scales the loss, so
+    that small gradients are not lost."""
+    accumulate: PositiveInt = 1
+    """Micro-batches that each worker cuts its share of a batch into, one after the other, to need less memory."""
+    reproducible: PositiveInt | None = None
+    """Micro-batches of the whole batch, for a run whose weights are the same bits with any number of workers up to it,
+    and if that changes: gradients are added in a fixed tree, and batch norm sees a micro-batch at a time. By default
+    gradients are added by the workers as is fastest, and other workers give other roundings."""
+    sync_batch_norm: bool = False
+    """Whether batch norm sees the whole batch of all workers (on GPUs), not each worker's share."""
+    compile: bool = False
+    """Whether torch compiles the network; where it cannot, it says so and runs as it is."""
+    average: Fraction | None = None
+    """Share of the old in a running mean of the weights (0.999, say), which is then validated and kept. It begins with
+    less, so that it forgets the first weights."""
+    patience: PositiveInt | None = None
+    """Reports without a better NLL on the validation rows, after temperature scaling, before training stops early and
+    keeps the weights of the best report."""
 
     def total(self, rows: int, batch: int) -> int:
         """Optimiser steps of the run."""
@@ -50,6 +68,8 @@ class Config(Settings):
     data: Data
     model: AnyModel = SmallCnn()
     loss: AnyLoss = CrossEntropy()
+    mixing: AnyMixing = Unmixed()
+    """Whether images of a batch are blended with one another."""
     penalties: Penalties = Penalties()
     optimizer: AnyOptimizer = Sgd()
     train: Train = Train()
@@ -58,6 +78,8 @@ class Config(Settings):
     """What makes probabilities mean what they say, fitted on the validation rows after training."""
     cluster: Cluster = Cluster()
     tracking: Tracking = Tracking()
+    resume: bool = False
+    """Also `--resume`: refuses to start a new run. Without it, the same words start or go on."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
@@ -65,6 +87,12 @@ class Config(Settings):
             raise ValueError(
                 f"data.size={self.data.size} is too small for the model, which needs {self.model.least_size}"
             )
+        if self.loss.heads not in (None, self.model.heads):
+            raise ValueError(f"loss.kind={self.loss.kind} needs model.heads={self.loss.heads}")
+        if self.train.reproducible and (self.train.accumulate > 1 or self.train.compile):
+            raise ValueError("train.reproducible goes with neither train.accumulate nor train.compile")
+        if self.loss.adaptive and self.train.accumulate > 1:
+            raise ValueError(f"loss.kind={self.loss.kind} looks at a whole batch at once: train.accumulate is 1")
         return self
 
     def members(self) -> list["Config"]:
@@ -87,5 +115,5 @@ class Config(Settings):
     @property
     def identity(self) -> str:
         """Hash of what decides the weights: the same for any cluster, place and tracking."""
-        same = {"name": "run", "folder": Path("runs"), "cluster": Cluster(), "tracking": Tracking()}
+        same = {"name": "run", "folder": Path("runs"), "cluster": Cluster(), "tracking": Tracking(), "resume": False}
         return digest(self.model_copy(update=same))

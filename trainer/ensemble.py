@@ -21,7 +21,7 @@ def combine(config: Config) -> None:
     """Publishes the ensemble whose members are trained, calibrated anew on the validation rows, on this machine: an
     average of calibrated probabilities is too cautious (Rahaman & Thiery 2021)."""
     device = device_for("cpu" if config.cluster.device == "cpu" else "auto")
-    torch.set_num_threads(config.cluster.threads * config.cluster.workers)
+    torch.set_num_threads(config.cluster.threads * config.cluster.most)
     members = [load_model(member.run_folder / "model", device) for member in config.members()]
     ledger = members[0].ledger
     drawn = np.mean([m.ledger.training_prior for m in members], axis=0)

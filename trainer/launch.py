@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 import ray.train
@@ -26,81 +26,123 @@ from ray.train import UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
 from data_loaders.progress import say
 from data_loaders.settings import dump, parse_text
 from trainer import checkpoint
 from trainer.collect import Collector
 from trainer.config import Config
-from trainer.context import REFUSED, Cluster, Row, all_reduce
+from trainer.context import REFUSED, STOP, Cluster, Row, Worker
 from trainer.ensemble import combine
 from trainer.loop import fit
-from trainer.run import Run, claim, untrained
+from trainer.run import Run, claimed, untrained, working
+from trainer.watch import WAITING, interrupted, interruptible, is_asked_to_stop
 
 COLLECTOR_TIMEOUT_S = 120
 """Beyond what W&B may take of it."""
 FOLLOW_EVERY_S = 0.5
+NOTICE_EVERY_S = 5.0
+"""Between two looks whether a machine will go: each costs all workers some milliseconds."""
 SETTLE_S = 10
 SPARE_CPUS = 2
 """For what Ray does beside the workers."""
 
 
 def train(config: Config, callbacks: Sequence[UserCallback] = ()) -> Run:
-    """Trains on the workers of a Ray cluster, and leaves everything in the run's folder; callbacks hear each report."""
-    config = claim(config)
-    if config.train.members > 1:
-        return _train_members(config)
-    text = dump(config)
-    refused = config.run_folder / "ray" / f"{uuid.uuid4().hex[:8]}-{REFUSED}"
-    refused.parent.mkdir(exist_ok=True)
-    with cluster(config.cluster):
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
-        collector: Any = ray.remote(**options)(Collector).remote(text)
-        exit_code = 1
-        try:
-            with following(collector):
-                arguments = {"config": text, "refused": str(refused)}
-                _trainer(config, arguments, [ToCollector(collector), *callbacks]).fit()
-                _settle(config, collector)
-            if refused.exists():
-                raise Refusal.load(refused)
-            exit_code = 0
-        except (ray.train.TrainingFailedError, RayError) as failure:
-            if refused.exists():
-                raise Refusal.load(refused) from failure
-            faults = [
+    """Trains on the workers of a Ray cluster, and leaves everything in the run's folder; callbacks hear each report.
+
+    SIGTERM and SIGINT end it after a step, with a checkpoint, as a Refusal (75).
+    """
+    with claimed(config) as ours, cluster(ours.cluster):
+        stop = ours.run_folder / "ray" / f"{uuid.uuid4().hex[:8]}-{STOP}"
+        durable.make_folder(stop.parent)
+        with interruptible(stop.touch):
+            if ours.train.members > 1:
+                _train_members(ours, stop)
+                return Run(ours.run_folder, {})
+            return _train(ours, stop, callbacks)
+
+
+def _train(config: Config, stop: Path, callbacks: Sequence[UserCallback] = ()) -> Run:
+    """Trains one model, until a file `stop` is there."""
+    text, notes = dump(config), Notes(config.run_folder / "ray" / uuid.uuid4().hex[:8])
+    durable.make_folder(notes.folder)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+    collector: Any = ray.remote(**options)(Collector).remote(text)
+    exit_code = 1
+    try:
+        with following(collector):
+            arguments = {"config": text, "notes": str(notes.folder), "stop": str(stop)}
+            _trainer(config, arguments, [ToCollector(collector, notes), *callbacks]).fit()
+            _settle(config, collector)
+        notes.raise_refusal()
+        if is_asked_to_stop() and durable.damage(config.run_folder / "model"):
+            raise interrupted(config.run_folder)
+        exit_code = 0
+    except (ray.train.TrainingFailedError, RayError) as failure:
+        notes.raise_refusal(failure)
+        faults = [
+            *notes.stuck(),
+            *(
                 Fault(f"worker {rank}", str(wrong).strip().splitlines()[-1])
                 for rank, wrong in getattr(failure, "worker_failures", {}).items()
-            ] or [Fault(config.name, str(failure))]
-            title = "Training failed. The same command goes on from the newest checkpoint; the first cause was:"
-            raise Refusal(title, faults, 75) from failure
-        finally:
-            facts: Any = ray.get(
-                collector.close.remote(exit_code), timeout=config.tracking.timeout_s + COLLECTOR_TIMEOUT_S
-            )
-            ray.kill(collector)
+            ),
+        ] or [Fault(config.name, str(failure))]
+        title = "Training failed. The same command goes on from the newest checkpoint; the first cause was:"
+        raise Refusal(title, faults, 75) from failure
+    finally:
+        timeout = config.tracking.timeout_s + COLLECTOR_TIMEOUT_S
+        facts: Any = ray.get(collector.close.remote(exit_code), timeout=timeout)
+        ray.kill(collector)
     return Run(config.run_folder, facts)
 
 
-def _train_members(config: Config) -> Run:
+def _train_members(config: Config, stop: Path) -> None:
     """Trains the members of an ensemble, as many at once as there is room for, and averages them."""
-    with cluster(config.cluster):
-        pool = ThreadPoolExecutor(room(config.cluster))
-        try:
-            list(pool.map(train, untrained(config.members())))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after an interruption, the others end with Ray
-        combine(config)
-    return Run(config.run_folder, {})
+
+    def train_member(member: Config) -> None:
+        with claimed(member) as ours:
+            _train(ours, stop)
+
+    pool = ThreadPoolExecutor(room(config.cluster))
+    try:
+        list(pool.map(train_member, untrained(config.members())))
+    finally:
+        pool.shutdown(wait=stop.exists(), cancel_futures=True)  # after a failure, the others end with Ray
+    combine(config)
+
+
+@dataclass
+class Notes:
+    """What workers leave for the driver, in a folder: what they refuse, and which of them were stuck."""
+
+    folder: Path
+
+    @property
+    def refused(self) -> Path:
+        return self.folder / REFUSED
+
+    def raise_refusal(self, cause: Exception | None = None) -> None:
+        if self.refused.exists():
+            raise Refusal.load(self.refused) from cause
+
+    def leave(self, refusal: Refusal) -> NoReturn:
+        """Ends this worker, from any thread, so that Ray starts it again."""
+        refusal.save(self.folder / f"stuck-{uuid.uuid4().hex[:8]}.json")
+        os._exit(1)
+
+    def stuck(self) -> list[Fault]:
+        return [fault for path in sorted(self.folder.glob("stuck-*.json")) for fault in Refusal.load(path).faults]
 
 
 def room(settings: Cluster) -> int:
     """How many trainings of this size the cluster has room for at once; at least 1, for which Ray waits."""
     there = ray.cluster_resources()
-    rooms = [(there.get("CPU", 0) - SPARE_CPUS) // (settings.workers * settings.cpus_per_worker)]
+    rooms = [(there.get("CPU", 0) - SPARE_CPUS) // (settings.most * settings.cpus_per_worker)]
     if _on_gpus(settings):
-        rooms.append(there.get("GPU", 0) // settings.workers)
+        rooms.append(there.get("GPU", 0) // settings.most)
     return max(1, int(min(rooms)))
 
 
@@ -110,6 +152,8 @@ def _settle(config: Config, collector: Any) -> None:
     if folder is None:
         return
     state = checkpoint.state_of(folder)
+    if state.report is None:  # a checkpoint between two reports
+        return
     until = time.monotonic() + SETTLE_S
     while not ray.get(collector.knows.remote(state.key)):
         if time.monotonic() > until:
@@ -118,21 +162,15 @@ def _settle(config: Config, collector: Any) -> None:
 
 
 @dataclass
-class RayContext:
+class RayContext(Worker):
     """A worker of Ray Train."""
 
-    folder: Path
-
-    def __post_init__(self) -> None:
-        where = ray.train.get_context()
-        self.rank, self.workers = where.get_world_rank(), where.get_world_size()
-        self.device = get_device()
-
-    def sum(self, tensor):
-        return all_reduce(tensor) if self.workers > 1 else tensor
+    _looked: float = 0.0
+    _noticed: object = None
 
     def report(self, key: str, row: Row, checkpoint: Path | None) -> None:
         """Ray gets the row, and for its tools a pointer to the checkpoint, which is published already."""
+        self._does(WAITING)
         metrics = {"key": key, "row": row if self.rank == 0 else {}, "rank": self.rank}
         if checkpoint is None:
             ray.train.report(metrics)
@@ -141,12 +179,23 @@ class RayContext:
             (Path(pointer) / "checkpoint.json").write_text(json.dumps({"path": str(checkpoint)}))
             ray.train.report(metrics, ray.train.Checkpoint.from_directory(pointer), checkpoint_dir_name=key)
 
+    def is_time_to_look(self) -> bool:
+        is_time = self.rank == 0 and time.monotonic() >= self._looked + NOTICE_EVERY_S
+        if is_time:
+            self._looked = time.monotonic()
+        return is_time
+
+    def is_noticed(self) -> bool:
+        """Once for each notice."""
+        former, self._noticed = self._noticed, ray.train.get_preemption_info()
+        return self._noticed is not None and self._noticed != former
+
 
 class ToCollector(UserCallback):
     """Hands the rows to the collector, from Ray's controller. It never raises, which would end the run, nor waits."""
 
-    def __init__(self, collector: Any) -> None:
-        self.collector = collector
+    def __init__(self, collector: Any, notes: Notes) -> None:
+        self.collector, self.notes, self.told = collector, notes, 0
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         try:
@@ -158,7 +207,10 @@ class ToCollector(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         try:
+            stuck = self.notes.stuck()[self.told :]
+            self.told += len(stuck)
             faults = {str(rank): repr(wrong)[:500] for rank, wrong in worker_exceptions.items()}
+            faults |= {fault.where.removeprefix("worker "): fault.what for fault in stuck}
             self.collector.put.remote(f"exception-{uuid.uuid4().hex[:8]}", {"exceptions": faults})
         except Exception as wrong:
             say(f"an exception was not collected: {wrong!r}")
@@ -172,12 +224,15 @@ def cluster(settings: Cluster) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(settings.stuck_s))
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(settings.timeout_s))
+    os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")  # of what a dead worker leaves behind
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")  # a training has more processes than CPUs
     address = settings.place
     options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
     if address == "local":
         # More CPUs than there are only means that processes share them; too few would make Ray wait for ever.
-        each = settings.workers * settings.cpus_per_worker
+        each = settings.most * settings.cpus_per_worker
         trainings = max(1, (os.cpu_count() or 1) // each)
         options |= {"num_cpus": trainings * each + SPARE_CPUS, "include_dashboard": False}
         options |= {"object_store_memory": 150 * 2**20}
@@ -225,20 +280,22 @@ def following(collector: Any) -> Iterator[None]:
 
 
 def _on_gpus(settings: Cluster) -> bool:
-    enough = ray.cluster_resources().get("GPU", 0) >= settings.workers
+    enough = ray.cluster_resources().get("GPU", 0) >= settings.least
     return settings.device == "gpu" or (settings.device == "auto" and enough)
 
 
 def _trainer(config: Config, arguments: dict[str, str], callbacks: list[UserCallback]) -> TorchTrainer:
     settings, use_gpu = config.cluster, _on_gpus(config.cluster)
-    say(f"starting {settings.workers} worker{'s' * (settings.workers > 1)} on {'GPUs' if use_gpu else 'CPUs'}")
-    return (LocalTrainer if settings.place == "local" else TorchTrainer)(
+    many = str(settings.most) if settings.least == settings.most else f"{settings.least} to {settings.most}"
+    say(f"starting {many} worker{'s' * (settings.most > 1)} on {'GPUs' if use_gpu else 'CPUs'}")
+    return (LocalTrainer if settings.place == "local" else Trainer)(
         _work,
         train_loop_config=arguments,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(settings.timeout_s)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers,
             use_gpu=use_gpu,
+            elastic_resize_monitor_interval_s=settings.resize_s,
             resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
@@ -250,7 +307,14 @@ def _trainer(config: Config, arguments: dict[str, str], callbacks: list[UserCall
     )
 
 
-class LocalTrainer(TorchTrainer):
+class Trainer(TorchTrainer):
+    """Without a handler of its own for SIGINT, which would end the workers in the midst of a step."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
+class LocalTrainer(Trainer):
     """Without the actor that frees what a dead controller held: it needs the dashboard, which a Ray of our own has not,
     and each training would wait 12 s for it."""
 
@@ -263,12 +327,15 @@ def _work(arguments: dict[str, str]) -> None:
     import ray.train.v2._internal.execution.context as reporting
 
     logging.getLogger(reporting.__file__).setLevel(logging.WARNING)  # else each report is printed, whole, by each rank
-    config = parse_text(Config, arguments["config"])
-    refused = Path(arguments["refused"])
-    if refused.exists():
+    config, notes, stop = parse_text(Config, arguments["config"]), Notes(Path(arguments["notes"])), arguments["stop"]
+    if notes.refused.exists() or Path(stop).exists():
         return  # Ray starts the workers again; what was refused once would be refused again
+    where = ray.train.get_context()
+    context = RayContext(config.run_folder, get_device(), where.get_world_rank(), where.get_world_size())
     try:
-        fit(config, RayContext(config.run_folder))
+        with working(config, context, notes.leave, Path(stop)):
+            fit(config, context)
     except Refusal as refusal:
-        refusal.save(refused)
-        raise
+        refusal.save(notes.refused)
+        if not context.at.is_stopping:  # all workers stop together; else Ray must hear of it, to end the others
+            raise

@@ -5,20 +5,21 @@ import os
 import platform
 import resource
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
+from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
 from data_loaders.index import Index
-from data_loaders.loader import Batch, training_batches
+from data_loaders.loader import Batch, ids_of, training_batches
 from data_loaders.progress import say
-from data_loaders.sampler import scramble
+from data_loaders.stream import Sampler
 from trainer import checkpoint
 from trainer.config import Config
 from trainer.context import STOP, Context, Row
@@ -27,111 +28,235 @@ from trainer.decision.fits import Temperature
 from trainer.decision.ledger import Ledger
 from trainer.decision.validation import Validation
 from trainer.evaluate import logits_of, tally, view
-from trainer.metrics.tally import Shape, Tally, count
+from trainer.learner import Failure, Learner, word
+from trainer.losses import Known
+from trainer.metrics.tally import Ints, Shape, Tally, count
+from trainer.mixing import Images
+
+MOST_NAMED = 10
+"""Images that a message names."""
+LOWER = "lower it, lengthen optimizer.warmup or set optimizer.clip"
+PARTNERS = 1
+"""Sets the stream of images that are mixed in apart from the one that they are mixed into."""
 
 
 def fit(config: Config, context: Context) -> None:
     """Trains from the newest checkpoint, or from the start, and leaves a calibrated model in the run's folder.
 
     Each worker calls it. A step takes the next `batch` positions of the stream, of which each worker has its share; the
-    loss is divided by the whole batch. The only state is the step, the weights, the optimiser and the counts.
+    loss is divided by the weights of the whole batch. All that a run goes on with is in its checkpoint.
     """
     torch.set_num_threads(config.cluster.threads)
     index = config.data.index()
     rows = config.data.training_rows(index)
-    sampler = config.data.sampler.over(index, rows, config.seed)
-    batch_size, steps = config.data.batch, config.train.total(len(rows), config.data.batch)
-    ledger = first_ledger(config, index, sampler.counts(0, steps * batch_size))
-    log_prior = torch.from_numpy(np.log(ledger.training_prior)).float().to(context.device)
+    steps = config.train.total(len(rows), config.data.batch)
+    stream = config.data.sampler.over(index, rows, config.seed, steps * config.data.batch)
+    known = knowledge(config, index, rows, stream, steps)
+    ledger = first_ledger(config, index, known)
     shape = Shape(len(index.cell_names), len(index.classes), ledger.abstains)
 
-    model = config.model.build(len(index.classes), config.seed).to(context.device)
-    optimizer = config.optimizer.build(model)
+    learner = Learner(config, context, len(index.classes), known, steps)
     seen = torch.zeros(shape.size, dtype=torch.int64, device=context.device)  # all samples since the start of the run
+    since = torch.zeros_like(seen)  # this worker's samples since `seen` was brought up to date
     identity = identity_of(config, index)
-    first = _go_on(identity, context, model, optimizer, seen)
-    parallel = DistributedDataParallel(model) if context.workers > 1 else model
-    since = torch.zeros_like(seen)  # this worker's samples since the last report
-    diverged = torch.zeros(1, dtype=torch.int64, device=context.device)  # steps whose loss was no number
+    machine = machine_of(config, context)
+    first, best = _go_on(identity, context, learner, seen, machine)
     pace = Pace()
 
-    done = first
-    batches = training_batches(
-        index, config.data, sampler, config.seed, range(first, steps), context.rank, context.workers
-    )
-    for step in range(first, steps):
-        with pace.waiting():
-            images, labels, cells, valid = _to_device(next(batches), context)
-        torch.manual_seed(_seed(config.seed, step, context.rank))  # of dropout, so that a resumed step repeats it
-        for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.rate(step, steps)
+    def state(report: Row | None) -> checkpoint.State:
+        """Of a checkpoint to be: adds to `seen` what all workers have seen since. None is ever made of no numbers."""
+        if not learner.is_finite():
+            what = f"after step {done:,} the weights are not finite numbers"
+            raise Refusal("Training diverged:", [Fault("optimizer.lr", what, LOWER)], 65)
+        seen.add_(context.sum(since))
+        since.zero_()
+        return checkpoint.State(done, identity, report, best, machine)
 
-        with _autocast(config, context):
-            logits = parallel(images).float()
-        loss = config.loss(logits, labels, log_prior).sum() * (context.workers / batch_size)  # DDP divides by workers
-        loss = loss + config.penalties(model)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+    def save(given: checkpoint.State) -> None:
+        if context.rank == 0:
+            files, plain = learner.learned()
+            writer.save(given, checkpoint.Learned({**files, "tally": {"seen": seen}}, plain))
 
-        with torch.no_grad():
-            count(since, logits.log_softmax(1), logits.argmax(1), labels, cells, valid, shape)
-            diverged += ~loss.isfinite()
-        if (step + 1) % config.train.report_every == 0 or step + 1 == steps:
-            _refuse_if_diverged(int(context.sum(diverged)), step + 1)
-            seen += context.sum(since)
-            since.zero_()
-            row = {"step": step + 1, "steps": steps, "lr": config.optimizer.rate(step, steps)}
-            row |= {"train": Tally.of(seen.cpu().numpy(), shape).pack(), "speed": pace.since_last(step + 1 - first)}
-            row |= _validate(config, index, model, ledger, context, shape)
-            state = checkpoint.State(step + 1, identity, row)
-            path = None
-            if context.rank == 0:
-                path = checkpoint.save(context.folder, state, model, optimizer, seen, config.train.keep)
-            context.report(state.key, row, path)
-            done = step + 1
-            if done < steps and _is_to_stop(context):
-                break
-    finish(config, index, model, ledger, context, {"step": done, "steps": steps})
+    done, over = first, _is_spent(config, first, best)
+    with (
+        contextlib.closing(checkpoint.Writer(context.folder, config.train.keep)) as writer,
+        contextlib.closing(_batches(config, index, rows, stream, range(first, steps), learner, context)) as batches,
+    ):
+        while done < steps and not over:
+            context.progress(done, "loading data")
+            with pace.waiting():
+                batch, partners = next(batches)
+            context.progress(done, "computing")
+            outcome = learner.step(batch, partners, done)
+            with torch.no_grad():
+                z, labels, cells = outcome
+                valid = torch.ones_like(labels, dtype=torch.bool)
+                count(since, z.log_softmax(1), z.argmax(1), labels, cells, valid, shape)
+            done += 1
+
+            is_due = done % config.train.report_every == 0 or done == steps
+            if failure := learner.failure(0) if is_due else learner.failure():
+                raise _diverged(config, index, stream, learner, context, failure)
+            asked = context.ask_to_stop()
+            if is_due:
+                row = {"step": done, "steps": steps, "lr": config.optimizer.rate(done - 1, steps)}
+                given = state(None)
+                row |= {"train": Tally.of(seen.cpu().numpy(), shape).pack(), "speed": pace.since_last(done - first)}
+                row |= _validate(config, index, learner.judged, ledger, context, shape)
+                best = _better(config, context, best, done, row)
+                save(given._replace(report=row, best=best))
+                context.report(given.key, row, writer.published)
+                over = _is_spent(config, done, best) or (done < steps and _is_to_stop(context))
+            elif asked != "go_on":
+                save(state(None))
+            if asked == "stop" and done < steps and not over:
+                writer.wait()
+                _together(context)
+                fault = Fault(
+                    str(context.folder), f"stopped after step {done:,} of {steps:,}", "the same command goes on"
+                )
+                raise Refusal("The run was interrupted:", [fault], 75)
+        writer.wait()
+        _together(context)
+        if best:
+            _take_back(context, learner, best)
+    facts = {
+        "step": done,
+        "steps": steps,
+        "kept_step": best.step if best else done,
+        "stopped_early": over and bool(best),
+    }
+    finish(config, index, learner.judged, ledger, context, facts)
 
 
 def identity_of(config: Config, index: Index) -> str:
-    """Hash of what decides the weights: settings and data."""
-    return f"{config.identity}-{index.fingerprint}"
+    """Hash of what decides the weights: settings, data, and those that it starts from."""
+    return "-".join(filter(None, (config.identity, index.fingerprint, config.model.start_hash())))
 
 
-def first_ledger(config: Config, index: Index, drawn: np.ndarray) -> Ledger:
-    """The ledger of a run that draws each class so often, [K], before calibration."""
-    if not drawn.all():
-        faults = [
-            Fault("train", f"{index.classes[k]!r} is never drawn in so few steps") for k in np.flatnonzero(drawn == 0)
-        ]
+def knowledge(config: Config, index: Index, rows: Ints, stream: Sampler, steps: int) -> list[tuple[int, Known]]:
+    """What the loss knows of the data from a position of the stream on, for each of its phases."""
+    end = steps * config.data.batch
+    sizes = np.zeros((len(index.cell_names), len(index.classes)), np.int64)
+    np.add.at(sizes, (index.cells[rows], index.labels[rows]), 1)
+    starts = [start for start in stream.phases if start < end]
+    drawn = [stream.counts(*span) for span in pairwise([*starts, end])]
+    return [
+        (start, Known(sizes, counts / counts.sum(), config.model.scale))
+        for start, counts in zip(starts, drawn, strict=True)
+    ]
+
+
+def first_ledger(config: Config, index: Index, known: list[tuple[int, Known]]) -> Ledger:
+    """The ledger of a run before calibration; its training prior is that of the last phase, which the logits follow."""
+    last = known[-1][1]
+    if not last.prior.all():
+        never = np.flatnonzero(last.prior == 0)
+        faults = [Fault("train", f"{index.classes[k]!r} is never drawn in so few steps") for k in never]
         raise Refusal("The run is too short:", faults)
     natural = np.bincount(index.labels[index.rows_of(config.data.train)], minlength=len(index.classes))
-    training = drawn / drawn.sum()
-    return config.decision.ledger(index.classes, natural / natural.sum(), training, config.loss.logit_prior(training))
+    conditioned = config.loss.logit_prior(last.prior, last)
+    return config.decision.ledger(index.classes, natural / natural.sum(), last.prior, conditioned)
 
 
-def _go_on(identity: str, context: Context, model: nn.Module, optimizer: Optimizer, seen: Tensor) -> int:
-    """Loads the newest checkpoint that verifies; the steps that are done."""
+def _go_on(
+    identity: str, context: Context, learner: Learner, seen: Tensor, machine: dict[str, str | int]
+) -> tuple[int, checkpoint.Best | None]:
+    """Loads the newest checkpoint that verifies: the steps that are done, and the best of them."""
     folder, skipped = checkpoint.newest(context.folder)
     if context.rank == 0:
         say(*(f"skipped {line}" for line in skipped))
     if folder is None:
-        return 0
-    state = checkpoint.restore(folder, identity, model, optimizer, seen)
+        said = learner.start()
+        say(*(said if context.rank == 0 else ()))
+        return 0, None
+    state, learned = checkpoint.load(folder)
+    if state.identity != identity:
+        fix = "give another name=…, or remove the folder to start anew"
+        raise Refusal("This run was started with other settings:", [Fault(str(folder), "is a checkpoint of it", fix)])
+    learner.load(learned)
+    seen.copy_(learned.tensors["tally"]["seen"])
     if context.rank == 0:
         say(f"going on from step {state.step:,}")
-    context.report(state.key, state.report, None)  # the run may have died before it could
-    return state.step
+        former = state.machine or {}
+        other = [
+            f"{name} {value}, not {former.get(name)}" for name, value in machine.items() if former.get(name) != value
+        ]
+        say(*(f"the same images, but other roundings: {text}" for text in other))
+    if state.report is not None:
+        context.report(state.key, state.report, None)  # the run may have died before it could
+    return state.step, state.best
 
 
-def _refuse_if_diverged(losses: int, step: int) -> None:
-    """Called before a checkpoint, so that none is ever saved of weights that are no numbers."""
-    if losses:
-        fix = "lower it, or lengthen optimizer.warmup"
-        fault = Fault("optimizer.lr", f"before step {step:,}, {losses:,} times the loss was not a finite number", fix)
-        raise Refusal("Training diverged:", [fault], 65)
+def machine_of(config: Config, context: Context) -> dict[str, str | int]:
+    """What the roundings depend on, beside settings and data."""
+    device = context.device
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    found: dict[str, str | int] = {"torch": torch.__version__, "device": kind}
+    if device.type == "cpu":
+        found["threads"] = torch.get_num_threads()
+    return found if config.train.reproducible else found | {"workers": context.workers}
+
+
+def _batches(
+    config: Config, index: Index, rows: Ints, stream: Sampler, steps: range, learner: Learner, context: Context
+) -> Generator[tuple[Images, Images | None]]:
+    """This worker's part of the batch of every step, on the device, and of the images that are mixed into it."""
+    places = range(learner.places[0].start, learner.places[-1].stop)
+
+    def on_device(sampler: Sampler, seed: int) -> Generator[Images]:
+        return _ahead(training_batches(index, config.data, sampler, seed, steps, places), context.device)
+
+    own = on_device(stream, config.seed)
+    other = config.mixing.partners
+    if other is None:
+        with contextlib.closing(own):
+            yield from ((images, None) for images in own)
+        return
+    seed = word(config.seed, PARTNERS)
+    partners = on_device(other.over(index, rows, seed, steps.stop * config.data.batch), seed)
+    with contextlib.closing(own), contextlib.closing(partners):
+        yield from zip(own, partners, strict=True)
+
+
+def _ahead(batches: Generator[Batch], device: torch.device) -> Generator[Images]:
+    """Batches on the device; a GPU gets the next one on a stream of its own, while it computes."""
+    with contextlib.closing(batches):
+        if device.type != "cuda":
+            yield from (Images(*_tensors(batch)) for batch in batches)
+            return
+        side, ahead, arrived = torch.cuda.Stream(device), None, torch.cuda.Event()
+        for batch in chain(batches, [None]):
+            coming = None
+            if batch is not None:
+                with torch.cuda.stream(side):
+                    coming = Images(*(part.pin_memory().to(device, non_blocking=True) for part in _tensors(batch)))
+            if ahead is not None:
+                torch.cuda.current_stream(device).wait_event(arrived)
+                for part in ahead:
+                    part.record_stream(torch.cuda.current_stream(device))
+                yield ahead
+            ahead, arrived = coming, side.record_event()
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [torch.from_numpy(part) for part in (batch.images, batch.labels, batch.cells)]
+
+
+def _diverged(
+    config: Config, index: Index, stream: Sampler, learner: Learner, context: Context, failure: Failure
+) -> Refusal:
+    """Names the images of the batch whose loss is no number. Every worker calls it."""
+    wrong = torch.zeros(config.data.batch, dtype=torch.int64, device=context.device)
+    wrong[learner.places[0].start : learner.places[-1].stop] = ~failure.losses.isfinite()
+    places = np.flatnonzero(context.sum(wrong).cpu().numpy())
+    what = "the loss of these images is" if len(places) else "each loss is finite, but the gradient of their sum is"
+    places = places if len(places) else np.arange(config.data.batch)
+    rows = stream.rows(failure.step * config.data.batch + places[:MOST_NAMED])
+    names = ", ".join(f"{row} ({name})" for row, name in zip(rows, ids_of(index, rows).to_pylist(), strict=True))
+    more = f" and {len(places) - MOST_NAMED:,} more" if len(places) > MOST_NAMED else ""
+    said = f"in step {failure.step + 1:,}, {what} not a finite number: rows {names}{more}"
+    return Refusal("Training diverged:", [Fault("optimizer.lr", said, f"{LOWER}; look at the images")], 65)
 
 
 def _is_to_stop(context: Context) -> bool:
@@ -140,6 +265,37 @@ def _is_to_stop(context: Context) -> bool:
     if asked:
         say(f"stopping, as {context.folder / STOP} asks for; without it the same command goes on")
     return bool(context.sum(torch.tensor([asked], dtype=torch.int64, device=context.device)))
+
+
+def _better(
+    config: Config, context: Context, best: checkpoint.Best | None, step: int, row: Row
+) -> checkpoint.Best | None:
+    """The best report until now, by the NLL after temperature scaling that rank 0 knows; None without `patience`."""
+    if config.train.patience is None:
+        return None
+    mine = torch.tensor([row.get("calibrated_nll", 0.0)], dtype=torch.float64, device=context.device)
+    score = float(context.sum(mine))
+    return checkpoint.Best(step, score) if best is None or score < best.score else best
+
+
+def _is_spent(config: Config, step: int, best: checkpoint.Best | None) -> bool:
+    """Whether the patience is."""
+    reports = 0 if best is None else (step - best.step) / config.train.report_every
+    return reports >= (config.train.patience or np.inf)
+
+
+def _take_back(context: Context, learner: Learner, best: checkpoint.Best) -> None:
+    """Loads the weights of the best report, whose checkpoint is kept."""
+    folder = context.folder / "checkpoints" / checkpoint.key_of(best.step)
+    if wrong := durable.damage(folder):
+        fix = "remove the run's folder and start anew"
+        raise Refusal("The best weights are lost:", [Fault(str(folder), wrong, fix)], 65)
+    learner.load(checkpoint.load(folder)[1])
+
+
+def _together(context: Context) -> None:
+    """Every worker waits here for the others."""
+    context.sum(torch.zeros(1, device=context.device))
 
 
 def _validate(config: Config, index: Index, model: nn.Module, ledger: Ledger, context: Context, shape: Shape) -> Row:
@@ -184,30 +340,6 @@ def _same_buffers(model: nn.Module, context: Context) -> None:
     """Gives all workers the running statistics of rank 0, which are the ones that are saved."""
     for buffer in model.buffers() if context.workers > 1 else ():
         buffer.copy_(context.sum(buffer if context.rank == 0 else torch.zeros_like(buffer)))
-
-
-def _to_device(batch: Batch, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images, labels, cells and valid."""
-    parts = [torch.from_numpy(part) for part in (batch.images, batch.labels, batch.cells, batch.valid)]
-    if context.device.type != "cpu":
-        parts = [part.pin_memory().to(context.device, non_blocking=True) for part in parts]
-    images, labels, cells, valid = parts
-    return images, labels, cells, valid
-
-
-def _autocast(config: Config, context: Context) -> contextlib.AbstractContextManager[Any]:
-    half = context.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if config.train.precision == "bfloat16" or (config.train.precision == "auto" and half):
-        return torch.autocast(context.device.type, torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-def _seed(seed: int, step: int, rank: int) -> int:
-    """A word that differs for every seed, step and rank."""
-    word = np.zeros(1, np.uint64)
-    for part in (seed, step, rank):
-        word = scramble(word + np.uint64(part) + np.uint64(0x9E3779B97F4A7C15))
-    return int(word[0] >> np.uint64(1))
 
 
 @dataclass

@@ -13,18 +13,25 @@ if TYPE_CHECKING:
 
 
 class Penalties(Settings):
-    """Added to the loss of every step (coupled: the optimiser sees their gradient)."""
+    """Part of what every step minimises (coupled: the optimiser sees their gradient)."""
 
     l1: NonNegativeFloat = 0.0
     """Weight of sum |w|: favours sparse weights."""
     l2: NonNegativeFloat = 0.0
     """Weight of sum w**2 / 2: favours small weights."""
 
-    def __call__(self, model: nn.Module) -> Tensor | float:
-        """The sum of both penalties over the model's weights."""
-        if not self.l1 and not self.l2:
-            return 0.0
-        return sum(self.l1 * w.abs().sum() + self.l2 / 2 * w.square().sum() for w in weights(model))
+    def add_gradient(self, model: nn.Module) -> None:
+        """Adds l1 sign(w) + l2 w to the gradients that there are: once a step, whatever the batch was cut into."""
+        import torch
+
+        pairs = [(w, w.grad) for w in weights(model) if w.grad is not None]
+        moving, gradients = [w for w, _ in pairs], [gradient for _, gradient in pairs]
+        with torch.no_grad():
+            if self.l1 and pairs:
+                signs = torch._foreach_sign(moving)  # pyright: ignore[reportPrivateImportUsage]
+                torch._foreach_add_(gradients, signs, alpha=self.l1)  # pyright: ignore[reportPrivateImportUsage]
+            if self.l2 and pairs:
+                torch._foreach_add_(gradients, moving, alpha=self.l2)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def weights(model: nn.Module) -> list[Tensor]:

@@ -1,6 +1,8 @@
 """A run: its folder, and training in plain processes of this machine. Ray's way is in `launch.py`."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +14,13 @@ from data_loaders.settings import differences, dump, parse, parse_text
 from trainer import checkpoint
 from trainer.collect import Collector
 from trainer.config import Config
-from trainer.context import Local, Row, device_for, spawn
+from trainer.context import Local, Row, Worker, device_for, leave, spawn
 from trainer.ensemble import combine
-from trainer.loop import first_ledger, fit, identity_of
+from trainer.loop import first_ledger, fit, identity_of, knowledge
+from trainer.watch import Watch, interruptible, watching
+
+WRITER = ".writer"
+"""In a run's folder, the lock of its rank 0: the workers of a driver that was killed may live a little longer."""
 
 
 class Run(NamedTuple):
@@ -26,15 +32,23 @@ class Run(NamedTuple):
 
 
 def train(config: Config) -> Run:
-    """Trains in processes of this machine, and leaves everything in the run's folder."""
-    config = claim(config)
-    if config.train.members > 1:
-        for member in untrained(config.members()):
-            train(member)
-        combine(config)
-    else:
-        spawn(_work, config.cluster, dump(config))
-    return Run(config.run_folder, {})
+    """Trains in processes of this machine, and leaves everything in the run's folder.
+
+    SIGTERM and SIGINT end it after a step, with a checkpoint, as a Refusal (75).
+    """
+    with interruptible():
+        return _train(config)
+
+
+def _train(config: Config) -> Run:
+    with claimed(config) as ours:
+        if ours.train.members > 1:
+            for member in untrained(ours.members()):
+                _train(member)
+            combine(ours)
+        else:
+            spawn(_work, ours.cluster, dump(ours))
+    return Run(ours.run_folder, {})
 
 
 def untrained(configs: list[Config]) -> list[Config]:
@@ -46,16 +60,39 @@ def _is_trained(folder: Path) -> bool:
     if durable.damage(folder / "model") or not (folder / "metrics.parquet").exists():
         return False
     facts = json.loads((folder / "model" / "facts.json").read_bytes())
-    return facts["step"] == facts["steps"]
+    return facts["step"] == facts["steps"] or facts.get("stopped_early", False)
 
 
-def claim(config: Config) -> Config:
-    """The config with whole paths, saved in the run's folder, after it is sure to fit the data.
+@contextmanager
+def claimed(config: Config) -> Iterator[Config]:
+    """The config with whole paths, saved in the run's folder, which is this process's alone while the block runs.
 
-    Refuses a folder that other settings have filled.
+    Nothing is written before the config is sure to fit the data, nor where another process is at work. Refuses a folder
+    that other settings have filled.
     """
-    saved = config.run_folder / "config.yaml"
-    former = parse(Config, [str(saved)]) if saved.exists() else None
+    former = _former(config)
+    checked, index = _checked(config, former)
+    with durable.owned(checked.run_folder) as is_sure:
+        if not is_sure:
+            say(f"take care: files cannot be locked in {checked.run_folder}; see that no other job writes there")
+        if _former(config) != former:  # somebody was at work there in between
+            checked, index = _checked(config, _former(config))
+        durable.write(_saved(checked), dump(checked))
+        introduce(checked, index)
+        yield checked
+
+
+def _saved(config: Config) -> Path:
+    return config.run_folder / "config.yaml"
+
+
+def _former(config: Config) -> Config | None:
+    return parse(Config, [str(_saved(config))]) if _saved(config).exists() else None
+
+
+def _checked(config: Config, former: Config | None) -> tuple[Config, Index]:
+    """The config with whole paths, and the data, after they are sure to fit one another and what the folder holds."""
+    resume, config = config.resume, config.model_copy(update={"resume": False})
     config = config.model_copy(update={"data": config.data.pinned(former.data if former else None)})
     index = check(config)
     config = config.model_copy(update={"folder": durable.lasting(config.folder, "folder")})
@@ -67,14 +104,29 @@ def claim(config: Config) -> Config:
         ]
         title = f"{config.run_folder} holds a run with other settings; give another name=…, or remove it:"
         raise Refusal(title, faults)
+    if resume:
+        _refuse_if_new(config)
     folder, _ = checkpoint.newest(config.run_folder)
     if folder is not None and checkpoint.state_of(folder).identity != identity_of(config, index):
         fix = "give another name=…, or remove the run"
         fault = Fault(str(config.run_folder), f"was trained on other data than {config.data.path} holds now", fix)
         raise Refusal("The run cannot go on:", [fault], 65)
-    durable.write(saved, dump(config))
-    introduce(config, index)
-    return config
+    return config, index
+
+
+def _refuse_if_new(config: Config) -> None:
+    """Says what is gone on with, of a run or of the members of an ensemble."""
+    found = []
+    for one in config.members() if config.train.members > 1 else [config]:
+        folder, skipped = checkpoint.newest(one.run_folder)
+        found += [(folder, skipped)] if folder or skipped else []
+    if not any(folder for folder, _ in found):
+        fix = "leave out --resume, or give its folder=… and name=…"
+        faults = [Fault(line, "cannot be used") for _, skipped in found for line in skipped]
+        faults += [Fault(str(config.run_folder), "holds no checkpoint that can be used", fix)]
+        raise Refusal("There is nothing to resume:", faults)
+    for folder, skipped in found:
+        say(*(f"skipping {line}" for line in skipped), f"resuming from {folder}")
 
 
 def check(config: Config) -> Index:
@@ -84,11 +136,12 @@ def check(config: Config) -> Index:
         if (split := getattr(config.data, setting)) not in index.splits:
             fix = f"it has {', '.join(index.splits)}; calibration needs validation rows, as splits.val=0.1 draws"
             raise Refusal("A split is missing:", [Fault(f"data.{setting}", f"no split {split!r} in the data", fix)])
-    device_for(config.cluster.device, 0, config.cluster.workers if config.cluster.is_here else 0)
+    device_for(config.cluster.device, 0, config.cluster.most if config.cluster.is_here else 0)
     rows = config.data.training_rows(index)
-    drawn = config.train.total(len(rows), config.data.batch) * config.data.batch
+    steps = config.train.total(len(rows), config.data.batch)
     for one in config.members() if config.train.members > 1 else [config]:
-        first_ledger(one, index, one.data.sampler.over(index, rows, one.seed).counts(0, drawn))
+        stream = one.data.sampler.over(index, rows, one.seed, steps * one.data.batch)
+        first_ledger(one, index, knowledge(one, index, rows, stream, steps))
     return index
 
 
@@ -96,18 +149,20 @@ def introduce(config: Config, index: Index) -> None:
     """The first lines of a log: what is trained on what, and where it goes."""
     place = f"of Ray at {config.cluster.place}" if config.cluster.on == "ray" else "in processes of this machine"
     rows = len(config.data.training_rows(index))
+    least, most = config.cluster.least, config.cluster.most
+    workers = f"{least} to {most}" if config.cluster.on == "ray" and least < most else str(most)
     say(
         f"run {config.name} in {config.run_folder}",
         f"data {index.fingerprint}, generation {config.data.generation}, {rows:,} training rows, in {config.data.path}",
         f"settings {config.identity}",
-        f"workers {config.cluster.workers} {place}, device {config.cluster.device}",
+        f"workers {workers} {place}, device {config.cluster.device}",
     )
 
 
 def _work(rank: int, text: str) -> None:
     config = parse_text(Config, text)
     collector = Collector(text) if rank == 0 else None
-    device = device_for(config.cluster.device, rank, config.cluster.workers)
+    device = device_for(config.cluster.device, rank, config.cluster.most)
     exit_code = 1
 
     def collect(key: str, row: Row) -> None:
@@ -116,9 +171,23 @@ def _work(rank: int, text: str) -> None:
             collector.put(key, row)
             say(*collector.news(heard))
 
+    context = Local(config.run_folder, device, rank, config.cluster.most, collect)
     try:
-        fit(config, Local(config.run_folder, device, rank, config.cluster.workers, collect))
+        with working(config, context, leave):
+            fit(config, context)
         exit_code = 0
     finally:
         if collector:
             collector.close(exit_code)
+
+
+@contextmanager
+def working(
+    config: Config, context: Worker, end: Callable[[Refusal], None], stop: Path | None = None
+) -> Iterator[None]:
+    """While the block runs, this worker is watched; rank 0 waits until no other rank 0 writes there any more."""
+    watch = Watch(context.folder, context.rank, context.workers, context.at, config.cluster.stuck_s, end)
+    with watching(watch, stop), ExitStack() as stack:
+        if context.rank == 0:
+            stack.enter_context(durable.owned(context.folder, WRITER, config.cluster.stuck_s))
+        yield

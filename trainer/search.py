@@ -29,8 +29,8 @@ from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
 from data_loaders.index import Index
 from data_loaders.progress import say
-from data_loaders.sampler import scramble
 from data_loaders.settings import differences, dump, parse_text
+from data_loaders.stream import scramble
 from trainer.collect import read_log
 from trainer.config import Config
 from trainer.context import REFUSED, STOP, Cluster, Row

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from data_loaders.augment import AnyAugmentation, PadCrop, Plain, Standard, centred, rng
+from data_loaders.augment import AnyAugmentation, PadCrop, Plain, Standard, _framed, centred, rng
 
 VARIANTS = [*get_args(get_args(AnyAugmentation)[0])]
 SHAPES = [(1, 1), (1, 200), (200, 1), (2, 3), (33, 47), (375, 500), (64, 64)]
@@ -17,7 +17,7 @@ EXTREMES = [
     Standard(area=(0.01, 0.01), aspect=(0.01, 100.0), rotation=180.0, flip_horizontal=1.0, flip_vertical=1.0),
     Standard(rotation=30.0, flip_vertical=0.5),
     PadCrop(padding=0),
-    PadCrop(padding=100),
+    PadCrop(padding=100, rotation=180.0),
 ]
 ALL = [*(variant() for variant in VARIANTS), *EXTREMES]
 FIXED = Standard(area=(1.0, 1.0), aspect=(1.0, 1.0), flip_horizontal=0.0)
@@ -106,15 +106,34 @@ def test_a_rotation_of_zero_and_a_whole_crop_are_the_identity():
         np.testing.assert_array_equal(FIXED(image, 24, rng(0, position)), image)
 
 
-def test_a_rotation_keeps_the_middle_and_brings_no_black_corners():
+@pytest.mark.parametrize("still", [FIXED, PadCrop(padding=0, flip_horizontal=0.0)], ids=["standard", "pad_crop"])
+def test_a_rotation_keeps_the_middle_and_brings_no_black_corners(still):
     image = np.full((32, 32, 3), 200, np.uint8)
     image[16:, 16:] = 120
-    turn = FIXED.model_copy(update={"rotation": 180.0})
+    turn = still.model_copy(update={"rotation": 180.0})
     for position in range(30):
         found = turn(image, 32, rng(0, position))
         assert found.min() >= 119
         assert found.max() <= 201
         assert abs(found[14:18, 14:18].mean() - 180) < 12
+
+
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_a_frame_holds_the_mirrors_of_the_image(size, margin):
+    image, margin = noise(size, size), min(size, margin)
+    expected = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode="symmetric")
+    np.testing.assert_array_equal(_framed(image, margin), expected)
+
+
+def test_a_turn_is_that_of_pillow_about_the_centre():
+    image, inside = noise(32, 32), np.s_[10:22, 10:22]  # which no corner reaches
+    turn = FIXED.model_copy(update={"rotation": 180.0})
+    for position in range(30):
+        random = rng(0, position)
+        random.random(6)  # box, its place, flips
+        expected = Image.fromarray(image).rotate(random.uniform(-180, 180), Image.Resampling.BILINEAR)
+        apart = turn(image, 32, rng(0, position))[inside].astype(int) - np.asarray(expected)[inside]
+        assert np.abs(apart).max() <= 1
 
 
 def test_padding_of_zero_is_the_centre():

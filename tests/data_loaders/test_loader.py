@@ -23,7 +23,7 @@ from data_loaders.contents.pixels import channels
 from data_loaders.decode import Undecodable, decode
 from data_loaders.index import DamagedRow, Index, Reader, open_index
 from data_loaders.ingest import Ingest, in_processes, ingest
-from data_loaders.loader import Batch, Data, exact_batches, file_batches, ids_of, share, training_batches
+from data_loaders.loader import Batch, Data, cuts, exact_batches, file_batches, ids_of, training_batches
 from data_loaders.sampler import Stratified
 from data_loaders.shards import Shards
 from data_loaders.sources.folder import Folder
@@ -38,7 +38,7 @@ def batches(folder: Path, rank: int = 0, workers: int = 1, **settings) -> list[B
     data = Data.model_validate({"path": folder, "size": 10, "batch": 16} | settings)
     index = open_index(folder)
     sampler = data.sampler.over(index, index.rows_of(data.train), 5)
-    return list(training_batches(index, data, sampler, 5, STEPS, rank, workers))
+    return list(training_batches(index, data, sampler, 5, STEPS, cuts(data.batch, workers)[rank]))
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
@@ -46,10 +46,12 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
 
 
 @given(st.integers(1, 500), st.integers(1, 64))
-def test_shares_are_contiguous_whole_and_differ_by_one_at_most(batch, workers):
-    parts = [share(batch, rank, workers) for rank in range(workers)]
-    assert [p for start, stop in parts for p in range(start, stop)] == list(range(batch))
-    assert np.ptp([stop - start for start, stop in parts]) <= 1
+def test_parts_of_a_batch_are_contiguous_begin_at_even_places_and_are_about_as_large(batch, parts):
+    found = cuts(batch, parts)
+    assert [place for part in found for place in part] == list(range(batch))
+    assert len(found) == parts
+    assert all(part.start % 2 == 0 for part in found)
+    assert np.ptp([len(part) for part in found]) <= 3
 
 
 @pytest.mark.parametrize("workers", [2, 3, 5])

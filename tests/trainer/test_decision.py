@@ -11,7 +11,7 @@ from trainer.decision.calibrators import Temperatures
 from trainer.decision.costs import Balanced, Equal, Matrix
 from trainer.decision.fits import Temperature
 from trainer.decision.ledger import Decision, Ledger, log_softmax
-from trainer.losses import BalancedSoftmax, CrossEntropy
+from trainer.losses import BalancedSoftmax, CrossEntropy, Known
 
 PRIOR = np.array([0.90, 0.08, 0.02])
 CLASSES = ("food", "drink", "dessert")
@@ -68,7 +68,8 @@ def test_the_prior_of_the_logits_is_the_one_the_loss_leaves(loss):
     world = World(1000)
     tau = getattr(loss, "tau", 0.0)
     logits = world.logits(PRIOR) - tau * np.log(PRIOR)
-    with_loss = Decision().ledger(CLASSES, PRIOR, PRIOR, loss.logit_prior(PRIOR))
+    known = Known(np.array([[90, 8, 2]]), PRIOR)
+    with_loss = Decision().ledger(CLASSES, PRIOR, PRIOR, loss.logit_prior(PRIOR, known))
     np.testing.assert_allclose(with_loss.log_probabilities(logits), log_softmax(world.logits(PRIOR)), atol=1e-12)
 
 

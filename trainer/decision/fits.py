@@ -13,8 +13,8 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, PositiveFloat
 
-from data_loaders.sampler import scramble
 from data_loaders.settings import Settings
+from data_loaders.stream import scramble
 from trainer.decision.calibrators import Affine, Betas, Curves, Fitted, Temperatures, against_rest, log_softmax, sloped
 from trainer.metrics.catalogue import Floats
 from trainer.metrics.tally import Ints

@@ -67,7 +67,7 @@ def probe(trained: Trained, index: Index, rows: Ints, of_training: Ints) -> Prob
     """What place, colour, light, detail, order and background are worth to a model, and where it errs, on rows [N]; and
     how many labels of the rows `of_training` are wrong. The same numbers every time."""
     config, model, ledger = trained.config, trained.model, trained.ledger
-    torch.set_num_threads(config.cluster.threads * config.cluster.workers)
+    torch.set_num_threads(config.cluster.threads * config.cluster.most)
     model.requires_grad_(False)  # heat needs the gradient of the last channels alone, and no more memory than that
     labels, classes = index.labels[rows], index.classes
     partners = background.partners(labels)
