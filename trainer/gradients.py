@@ -7,7 +7,8 @@ in their statistics in a fixed order, so that the weights are the same bits for 
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from itertools import chain
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -20,6 +21,15 @@ from trainer.context import Context
 def part_of(parts: int, rank: int, workers: int) -> range:
     """The micro-batches of a worker."""
     return range(parts * rank // workers, parts * (rank + 1) // workers)
+
+
+class Branch(NamedTuple):
+    """Of the tree: the sum of some micro-batches in a row."""
+
+    first: int
+    size: int
+    gradient: list[Tensor]
+    """Of each parameter."""
 
 
 class Gradients(Protocol):
@@ -48,7 +58,8 @@ class Plain:
     def __init__(self, network: nn.Module, context: Context) -> None:
         self.context, self.network = context, network
         if context.workers > 1:
-            self.network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.network = DistributedDataParallel(network, gradient_as_bucket_view=True)
+            self.network.broadcast_buffers = False  # each step would send them, and only evaluation reads them
 
     def forward(self, images: Tensor, last: bool) -> Tensor:
         if isinstance(self.network, DistributedDataParallel):
@@ -80,7 +91,7 @@ class Reproducible:
 
     def begin(self) -> None:
         """Forgets the last step."""
-        self.branches: list[tuple[int, int, Tensor]] = []  # first micro-batch, how many, their gradient
+        self.branches: list[Branch] = []
         self.statistics: list[Tensor] = []
         self.next = part_of(self.parts, self.context.rank, self.context.workers).start
 
@@ -106,10 +117,8 @@ class Reproducible:
         for parameter in self.parameters:
             parameter.grad = None
         loss.backward()
-        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        self.branches.append((self.next, 1, torch.cat([g.flatten() for g in found])))
+        _grow(self.branches, Branch(self.next, 1, [_laid_out(p.grad, p) for p in self.parameters]))
         self.next += 1
-        _join(self.branches)
 
     def total(self, values: Sequence[Tensor]) -> Tensor:
         whole = self._of_all(list(values))
@@ -119,21 +128,30 @@ class Reproducible:
         return total
 
     def finish(self) -> None:
-        shares = [part_of(self.parts, rank, self.context.workers) for rank in range(self.context.workers)]
-        places = [_branches_of(share) for share in shares]
-        held = _gather([gradient for *_, gradient in self.branches], [len(p) for p in places], self.context)
-        branches: list[tuple[int, int, Tensor]] = []
-        for (first, size), gradient in zip([place for ranks in places for place in ranks], held, strict=True):
-            branches.append((first, size, gradient))
-            _join(branches)
-        whole = branches.pop()[2]
-        while branches:
-            whole = branches.pop()[2] + whole
-        whole = whole + 0.0  # a sum over workers has no -0
-        for parameter, part in zip(self.parameters, whole.split([p.numel() for p in self.parameters]), strict=True):
-            parameter.grad = torch.empty_like(parameter).copy_(part.view(parameter.shape))
+        branches: list[Branch] = []
+        for branch in self._branches_of_all():
+            _grow(branches, branch)
+        while len(branches) > 1:  # of a number of micro-batches that is no power of two
+            last = branches.pop()
+            _add(branches[-1].gradient, last.gradient)
+        for parameter, gradient in zip(self.parameters, branches[0].gradient, strict=True):
+            parameter.grad = gradient
         self._take_in(self._of_all(self.statistics))
         self.begin()
+
+    def _branches_of_all(self) -> list[Branch]:
+        """The branches of all workers, in the order of their micro-batches."""
+        workers = self.context.workers
+        if workers == 1:
+            return self.branches
+        places = [_branches_of(part_of(self.parts, rank, workers)) for rank in range(workers)]
+        flat = [torch.cat([_flat(g) for g in branch.gradient]) for branch in self.branches]
+        held = _gather(flat, [len(of_rank) for of_rank in places], self.context)
+        sizes = [p.numel() for p in self.parameters]
+        return [
+            Branch(*place, [_unflat(g, p) for g, p in zip(whole.split(sizes), self.parameters, strict=True)])
+            for place, whole in zip(chain.from_iterable(places), held, strict=True)
+        ]
 
     @torch.no_grad()
     def _take_in(self, statistics: list[Tensor]) -> None:
@@ -170,11 +188,35 @@ def _branches_of(share: range) -> list[tuple[int, int]]:
     return found
 
 
-def _join(branches: list[tuple[int, int, Tensor]]) -> None:
-    """Adds the last branches where they are the two halves of a larger one."""
+def _grow(branches: list[Branch], new: Branch) -> None:
+    """Puts a branch beside the others, and adds those that are the two halves of a larger one."""
+    branches.append(new)
     while len(branches) > 1 and _are_twins(branches[-2][:2], branches[-1][:2]):
         (first, size, left), (_, _, right) = branches[-2:]
-        branches[-2:] = [(first, 2 * size, left + right)]
+        _add(left, right)
+        branches[-2:] = [Branch(first, 2 * size, left)]
+
+
+def _add(left: list[Tensor], right: list[Tensor]) -> None:
+    if left:
+        torch._foreach_add_(left, right)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    """A gradient laid out in memory as its parameter is; zeros where there is none."""
+    if gradient is None:
+        return torch.zeros_like(parameter)
+    return gradient if gradient.stride() == parameter.stride() else torch.empty_like(parameter).copy_(gradient)
+
+
+def _flat(dense: Tensor) -> Tensor:
+    """Its numbers as they lie in memory."""
+    return dense.as_strided((dense.numel(),), (1,))
+
+
+def _unflat(flat: Tensor, like: Tensor) -> Tensor:
+    """What `_flat` made of a tensor like this."""
+    return flat.clone().as_strided(like.shape, like.stride())
 
 
 def _are_twins(left: tuple[int, int], right: tuple[int, int]) -> bool:

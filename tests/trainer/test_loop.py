@@ -231,7 +231,7 @@ def test_settings_that_do_not_fit_the_data_are_refused_before_anything_is_writte
 
 def test_a_run_that_diverges_is_refused_before_its_weights_are_saved(dataset, tmp_path):
     config = config_for(dataset, tmp_path, optimizer={"kind": "sgd", "lr": 1e30, "warmup": 0})
-    with pytest.raises(Refusal, match="not a finite number: rows .* — lower it"):
+    with pytest.raises(Refusal, match=r"not a finite number: rows .* — lower it"):
         train(config)
     assert not (config.run_folder / "checkpoints").exists()
 
