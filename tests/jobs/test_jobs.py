@@ -21,7 +21,7 @@ from trainer.space import Tuning
 
 ROOT = Path(__file__).parent.parent.parent
 JOBS = sorted(p.stem for p in (ROOT / "jobs").glob("*.py") if p.stem not in {"__init__", "command"})
-CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "jobs" / "configs").rglob("*.yaml"))
 
 
 def call(job: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -59,7 +59,7 @@ def test_help_lists_every_setting_with_its_type_and_default(kind: type[Settings]
     assert temper in ([], ["  data.sampler.temper = 0.0  (float, >= 0.0, <= 1.0)"])
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_config_loads_says_its_purpose_and_command_and_reloads_to_itself(path: Path):
     text = path.read_text()
     kind = Ingest if "source:" in text else Tuning if "search:" in text else Config
