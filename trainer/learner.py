@@ -1,6 +1,7 @@
 """What one step of training does to the weights, and all that the next one goes on with."""
 
 import contextlib
+import os
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,6 +71,9 @@ class Learner:
         self.config, self.context, self.steps = config, context, steps
         self.micro_batches = config.train.reproducible or context.workers * config.train.accumulate
         _check(config, context, self.micro_batches)
+        if config.train.reproducible and context.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
+            torch.use_deterministic_algorithms(True, warn_only=True)
         self.model: nn.Module = config.model.build(classes, config.seed).to(context.device)
         if config.train.sync_batch_norm and context.workers > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)

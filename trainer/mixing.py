@@ -18,6 +18,7 @@ from data_loaders.sampler import AnySampler, Stratified
 from data_loaders.settings import Settings
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 STREAM = 1
@@ -99,10 +100,8 @@ class Mixup(Mixing):
     """1 draws shares evenly (MiSLAS); less, nearer to 0 or 1 (BalPoE: 0.4)."""
 
     def blend(self, own: Images, other: Images, random: np.random.Generator, places: slice, batch: int) -> Mixed:
-        import torch
-
         shares = _of_pairs(random.beta(self.alpha, self.alpha, (batch + 1) // 2), batch, alone=1)
-        share = torch.from_numpy(shares[places]).float().to(own.images.device)
+        share = _sent(shares[places], own.images.device).float()
         weight = share[:, None, None, None]
         return Mixed(weight * own.images + (1 - weight) * other.images, share, other.labels, other.cells)
 
@@ -173,14 +172,22 @@ def _boxes(random: np.random.Generator, n: int, alpha: float, probability: float
     return edges.reshape(4, n).T
 
 
+def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """On the device, which nobody waits for."""
+    import torch
+
+    here = torch.from_numpy(np.ascontiguousarray(numbers))
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
+
+
 def _paste(own: Images, other: Images, boxes: Ints) -> Mixed:
     """The images with a box of the other, [B, 4], in each."""
     import torch
 
     device, (height, width) = own.images.device, own.images.shape[2:]
-    top, bottom, left, right = torch.from_numpy(boxes).to(device).T[:, :, None]
+    top, bottom, left, right = _sent(boxes, device).T[:, :, None]
     y, x = torch.arange(height, device=device), torch.arange(width, device=device)
     inside = ((top <= y) & (y < bottom))[:, None, :, None] & ((left <= x) & (x < right))[:, None, None]
     share = 1 - (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2]) / (height * width)
     images = torch.where(inside, other.images, own.images)
-    return Mixed(images, torch.from_numpy(share).float().to(device), other.labels, other.cells)
+    return Mixed(images, _sent(share, device).float(), other.labels, other.cells)
