@@ -127,8 +127,8 @@ class Context(Protocol):
         ...
 
     def progress(self, step: int, doing: str, long: bool = False) -> None:
-        """Says what this worker does from now on, which costs nothing; without a word for long, it is held for stuck,
-        unless nobody can tell how `long` it takes."""
+        """Says what this worker does from now on, which costs nothing. Without a word for `cluster.stuck_s`, it is held
+        for stuck; not in the first step, nor between two steps, nor where nobody can tell how `long` it takes."""
         ...
 
     def ask_to_stop(self) -> Answer:
@@ -161,7 +161,7 @@ class Worker:
         at = self.at
         if step != at.step:
             at.step, at.moves = step, 0
-        at.doing, at.long = doing, long
+        at.doing, at.long = doing, long or not at.is_warm
         at.moves += 1
 
     def ask_to_stop(self) -> Answer:
@@ -169,7 +169,8 @@ class Worker:
         wanted, is_time = self._agreed((wanted, self.is_time_to_look()))
         if is_time and self.is_noticed():
             wanted = max(wanted, ANSWERS.index("checkpoint"))
-        self.at.is_stopping = ANSWERS[wanted] == "stop"
+        self.at.is_stopping, self.at.is_warm = ANSWERS[wanted] == "stop", True
+        self.progress(self.at.step, "between two steps", long=True)  # validating, calibrating, publishing
         return ANSWERS[wanted]
 
     def is_time_to_look(self) -> bool:

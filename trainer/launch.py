@@ -219,14 +219,14 @@ class ToCollector(UserCallback):
 @contextmanager
 def cluster(settings: Cluster) -> Iterator[None]:
     """A connection to the cluster; one that is open already is used, and left open."""
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(settings.stuck_s))
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(settings.timeout_s))
+    os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")  # of what a dead worker leaves behind
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(settings.stuck_s))
-    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(settings.timeout_s))
-    os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")  # of what a dead worker leaves behind
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")  # a training has more processes than CPUs
     address = settings.place
     options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}

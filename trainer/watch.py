@@ -112,6 +112,8 @@ class At:
     """How often it said so."""
     long: bool = True
     """Whether nobody can tell how long this takes."""
+    is_warm: bool = False
+    """Whether a step is done: the first one may compile."""
     is_asked: bool = False
     """Whether it was asked to stop, by a file."""
     is_stopping: bool = False
@@ -147,7 +149,7 @@ def stuck(before: Sequence[Sign | None], now: Sequence[Sign | None]) -> dict[int
     if frozen:
         return {rank: f"shows no sign of life{_last_seen(sign)}" for rank, sign in frozen.items()}
     alive = {rank: (b, a) for rank, (b, a) in pairs.items() if a is not None}
-    if any(a.long or b is None or a.has_moved(b) for b, a in alive.values()):
+    if any(b is None or a.has_moved(b) or (a.long and a.doing != WAITING) for b, a in alive.values()):
         return {}
     busy = {rank: a for rank, (_, a) in alive.items() if a.doing != WAITING} or {r: a for r, (_, a) in alive.items()}
     least = min((sign.step, sign.moves) for sign in busy.values())
@@ -183,7 +185,7 @@ class Watch:
     def beat(self) -> None:
         """Shows a sign of life, and looks at the others where there is cause."""
         moved = (self._at.step, self._at.moves)
-        self._still = self._still + 1 if moved == self._moved and not self._at.long else 0
+        self._still = self._still + 1 if moved == self._moved else 0
         self._moved, self._beat = moved, self._beat + 1
         self._show()
         if self._still == self._most // 2:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,9 @@ PR_SET_CHILD_SUBREAPER = 36
 ORPHANS_S = 10.0
 """What those that a driver leaves behind have to end by themselves."""
 
+FOLDER_AT = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 2}
+"""Python's audit events -> which argument is the open folder that a path is in, -1 for none."""
+
 
 class Life(NamedTuple):
     """Of a training, until it was done or killed."""
@@ -33,14 +37,13 @@ class Life(NamedTuple):
     code: int
     """Of the driver; the number of a signal is negative."""
     seconds: float
-    was_killed: bool
     orphans_s: float
     """Until the last process had ended that the driver left behind."""
     said: str
     learnt: dict[int, list[int]]
     """The rows of each step that all workers did, in the order of their places in the batch."""
     doing: list[list[str]]
-    """What each worker was doing when it ended; what it did first comes first."""
+    """What each worker was doing when it ended, also at the same time; what it began first comes first."""
     changes: int
     """Names that rank 0 made, changed or removed in the run's folder."""
 
@@ -72,6 +75,7 @@ class Trainings:
         assert self.process.stdin
         assert self.process.stdout
         with tempfile.TemporaryDirectory(dir=self.audits.name) as audit:
+            (Path(audit) / "said").touch()
             self.process.stdin.write(json.dumps({"config": config, "audit": audit, **how}) + "\n")
             self.process.stdin.flush()
             ended = json.loads(self.process.stdout.readline())
@@ -85,7 +89,7 @@ def _life(audit: Path, **ended: Any) -> Life:
     shared = set.intersection(*map(set, steps)) if steps else set()
     learnt = {step: [row for rank in steps for row in rank[step]] for step in sorted(shared)}
     changes = sum("change" in line for lines in written[:1] for line in lines)
-    doing = [_open(lines) for lines in written]
+    doing = [_open(lines) for lines in written or [[]]]
     return Life(**ended, said=(audit / "said").read_text(), learnt=learnt, doing=doing, changes=changes)
 
 
@@ -96,13 +100,13 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _open(lines: list[dict[str, Any]]) -> list[str]:
     """What was begun, and not ended."""
-    found: list[str] = []
+    found: list[str] = [] if any("ends" in line for line in lines) else ["starting"]
     for line in lines:
         if "begins" in line:
             found.append(line["begins"])
         elif "ends" in line:
             found.remove(line["ends"])
-    return found
+    return found or ["something else"]
 
 
 # ------------------------------------------------------------------ the server
@@ -114,7 +118,7 @@ def main() -> None:
     import torch._dynamo  # by the first optimiser
 
     import trainer.context
-    import trainer.run  # noqa: F401  # for the forks to have
+    import trainer.run  # for the forks to have
 
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])
@@ -124,38 +128,40 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     for line in sys.stdin:
         print(json.dumps(_live(json.loads(line))), flush=True)
+    os._exit(0)  # torch takes seconds to take itself apart
 
 
 def _live(request: dict[str, Any]) -> dict[str, Any]:
     """Runs a training, and ends it where that is wanted."""
     began = time.monotonic()
     driver = os.fork()
+    with suppress(PermissionError, ProcessLookupError):
+        os.setpgid(driver, driver or os.getpid())  # both do it, so that it is done for both
     if not driver:
-        os.setsid()
         os._exit(_drive(request))
-    status, was_killed = None, False
+    status = None
     if "after_s" in request:
         while status is None and time.monotonic() < began + request["after_s"]:
             pid, found = os.waitpid(driver, os.WNOHANG)
             status = found if pid else None
             time.sleep(0.0005)
         if status is None:
-            was_killed = _kill(driver, request.get("whom", "all"))
+            _kill(driver, request.get("whom", "all"))
     status = os.waitpid(driver, 0)[1] if status is None else status
     ended = time.monotonic()
     _reap(driver)
-    orphans_s, code = time.monotonic() - ended, os.waitstatus_to_exitcode(status)
-    return {"code": code, "seconds": ended - began, "was_killed": was_killed, "orphans_s": orphans_s}
+    code, orphans_s = os.waitstatus_to_exitcode(status), time.monotonic() - ended
+    return {"code": code, "seconds": ended - began, "orphans_s": orphans_s}
 
 
-def _kill(driver: int, whom: str) -> bool:
+def _kill(driver: int, whom: str) -> None:
     """All processes of a training, its driver, or one of its workers; all, where it has none."""
     workers = [int(pid) for pid in Path(f"/proc/{driver}/task/{driver}/children").read_text().split()]
-    if whom == "all" or (whom == "worker" and not workers):
-        os.killpg(driver, signal.SIGKILL)
-    else:
-        os.kill(driver if whom == "driver" else random.choice(workers), signal.SIGKILL)
-    return True
+    with suppress(ProcessLookupError):  # it may just have ended
+        if whom == "all" or (whom == "worker" and not workers):
+            os.killpg(driver, signal.SIGKILL)
+        else:
+            os.kill(driver if whom == "driver" else random.choice(workers), signal.SIGKILL)
 
 
 def _reap(group: int) -> None:
@@ -183,7 +189,7 @@ def _drive(request: dict[str, Any]) -> int:
     from trainer import run
     from trainer.config import Config
 
-    said = os.open(Path(request["audit"]) / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    said = os.open(Path(request["audit"]) / "said", os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
         os.dup2(said, number)
     config = parse_text(Config, request["config"])
@@ -227,7 +233,7 @@ def _note_phases(note: Callable[..., None]) -> None:
     from trainer.collect import Collector
 
     for name, place, attribute in (
-        ("starting", loop.Config.__module__ and loop, "_go_on"),
+        ("going on", loop, "_go_on"),
         ("validating", loop, "_validate"),
         ("writing a checkpoint", checkpoint.Writer, "_publish"),
         ("logging", Collector, "put"),
@@ -285,19 +291,23 @@ def _note_steps(note: Callable[..., None], request: Mapping[str, Any], is_last: 
 
 def _note_changes(note: Callable[..., None], run: Path, last: int | None) -> None:
     """Counts what happens to names in a run's folder; before the `last` one, the process ends."""
+    from trainer.watch import FOLDER
+
     done = 0
 
     def seen(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal done
-        writes = event == "open" and arguments[2] & (os.O_CREAT | os.O_TRUNC)
-        if not writes and event not in {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}:
+        if event not in FOLDER_AT and not (event == "open" and arguments[2] & os.O_CREAT):
             return
-        if not str(arguments[0]).startswith(str(run)) or "/." + "alive" in str(arguments[0]):
+        path, handle = Path(str(arguments[0])), arguments[FOLDER_AT[event]] if event in FOLDER_AT else -1
+        if handle >= 0:
+            path = Path(os.readlink(f"/proc/self/fd/{handle}")) / path
+        if run not in (path, *path.parents) or path.parent.name == FOLDER:
             return
         done += 1
         if done == last:
             os.kill(os.getpid(), signal.SIGKILL)
-        note(change=f"{event} {arguments[0]}")
+        note(change=f"{event} {path}")
 
     sys.addaudithook(seen)
 

@@ -3,21 +3,29 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import wandb_file
 from small_runs import CPU, config_for
+from small_runs import train as train_here
 
+from data_loaders import durable
 from data_loaders.settings import dump, parse_text
 from trainer.config import Config
 from trainer.context import Cluster, Local, spawn
 from trainer.loop import fit
+from trainer.watch import FOLDER
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]  # Ray's own imports warn
+ROOT = Path(__file__).parents[2]
+SAME = {"train.steps": 200, "train.report_every": 20, "train.reproducible": 2}
+"""A run whose weights are the same bits with one worker or two."""
 RAY = {"cluster": {"on": "ray", "workers": 2, "device": "cpu"}, "tracking.mode": "offline"}
 
 
@@ -105,3 +113,88 @@ def test_what_a_worker_refuses_ends_the_run_with_its_cause_and_its_code(dataset,
     with pytest.raises(Refusal, match="is not as it was written") as refusal:
         train(config)
     assert refusal.value.exit_code == 65
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Weights of the same run in this process alone."""
+    config = config_for(dataset, tmp_path_factory.mktemp("undisturbed"), **SAME)
+    train_here(config)
+    return (config.run_folder / "model" / "model.safetensors").read_bytes()
+
+
+def wait_for_rows(config: Config, count: int, is_running: Callable[[], bool]) -> None:
+    """Until the collector has so many reports."""
+    log = config.run_folder / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < count:
+        assert is_running()
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_interrupted_and_then_killed_goes_on_to_the_same_weights(dataset, tmp_path, undisturbed):
+    config = config_for(dataset, tmp_path, **SAME, **RAY)
+    (tmp_path / "c.yaml").write_text(dump(config))
+    words = [sys.executable, "-m", "jobs.train", str(tmp_path / "c.yaml")]
+    for rows, sent, code in ((2, signal.SIGTERM, 75), (5, signal.SIGKILL, -9)):
+        process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        wait_for_rows(config, rows, lambda process=process: process.poll() is None)
+        process.send_signal(sent)
+        _, said = process.communicate()
+        assert process.returncode == code, said
+        assert code < 0 or "the same command goes on" in said
+        newest = sorted((config.run_folder / "checkpoints").iterdir())[-1]
+        assert code < 0 or durable.damage(newest) is None
+        assert not (config.run_folder / "model").exists()
+    done = subprocess.run([*words, "--resume"], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stderr
+    assert (config.run_folder / "model" / "model.safetensors").read_bytes() == undisturbed
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_a_node_goes_on_with_the_workers_that_are_left_to_the_same_weights(
+    dataset, tmp_path, undisturbed, monkeypatch
+):
+    import ray
+    from ray.cluster_utils import Cluster as Nodes
+
+    from trainer.launch import train
+
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "30")
+    checks = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    nodes = Nodes(True, head_node_args={"num_cpus": 1, "include_dashboard": True, "_system_config": checks})
+    try:
+        lost = nodes.add_node(num_cpus=1)
+        ray.init(address=nodes.address, log_to_driver=False)
+        config = config_for(dataset, tmp_path, **SAME, **{**RAY, "cluster.workers": (1, 2)})
+        log = config.run_folder / "log.jsonl"
+        thread = threading.Thread(target=train, args=(config,), daemon=True)
+        thread.start()
+        wait_for_rows(config, 2, thread.is_alive)
+        nodes.remove_node(lost, allow_graceful=False)
+        thread.join()
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+    assert (config.run_folder / "model" / "model.safetensors").read_bytes() == undisturbed
+    assert [line for line in log.read_text().splitlines() if json.loads(line)["key"].startswith("exception")]
+
+
+@pytest.mark.slow
+def test_a_worker_that_freezes_is_named_and_the_run_goes_on_without_it(dataset, tmp_path, ray_cluster, undisturbed):
+    from trainer.launch import train
+
+    config = config_for(dataset, tmp_path, **SAME, **RAY, **{"cluster.stuck_s": 5})
+
+    def freeze() -> None:
+        wait_for_rows(config, 2, lambda: True)
+        os.kill(json.loads((config.run_folder / FOLDER / "1.json").read_text())[1], signal.SIGSTOP)
+
+    thread = threading.Thread(target=freeze, daemon=True)
+    thread.start()
+    train(config)
+    thread.join()
+    assert (config.run_folder / "model" / "model.safetensors").read_bytes() == undisturbed
+    told = [line for line in (config.run_folder / "log.jsonl").read_text().splitlines() if "exceptions" in line]
+    assert any("shows no sign of life" in json.loads(line)["row"]["exceptions"]["1"] for line in told)

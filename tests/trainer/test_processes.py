@@ -134,7 +134,7 @@ def test_nobody_is_blamed_while_somebody_is_alive_and_moves_and_nobody_is_frozen
     if frozen:
         assert set(blamed) == frozen
         return
-    if any(a.long or b is None or a.has_moved(b) for b, a in look):
+    if any(b is None or a.has_moved(b) or (a.long and a.doing != WAITING) for b, a in look):
         assert not blamed
         return
     assert blamed
@@ -144,8 +144,8 @@ def test_nobody_is_blamed_while_somebody_is_alive_and_moves_and_nobody_is_frozen
 
 
 def workers(run: Path, count: int, ended: list[Refusal], beats: int = 10) -> list[tuple[At, Watch]]:
-    """So many workers of this process, which are stuck after so many beats."""
-    places = [At() for _ in range(count)]
+    """So many workers of this process, after their first step, which are stuck after so many beats."""
+    places = [At(is_warm=True) for _ in range(count)]
     (run / FOLDER).mkdir()
     return [(at, Watch(run, rank, count, at, beats, ended.append)) for rank, at in enumerate(places)]
 
@@ -198,6 +198,25 @@ def test_who_waits_for_a_worker_that_moves_or_may_take_long_blames_nobody(tmp_pa
     assert not ended
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_nobody_is_held_for_stuck_in_the_first_step_nor_between_two(tmp_path: Path, steps: int):
+    ended: list[Refusal] = []
+    ((at, watch),) = workers(tmp_path, 1, ended)
+    at.is_warm = False
+    context = Local(tmp_path, CPU, at=at)
+    context.progress(0, "computing")
+    for _ in range(steps):
+        context.ask_to_stop()
+    for _ in range(50):
+        watch.beat()
+    assert not ended
+    context.ask_to_stop()
+    context.progress(1, "loading data")
+    for _ in range(50):
+        watch.beat()
+    assert ended
+
+
 def test_a_run_that_was_stopped_as_a_whole_goes_on(tmp_path: Path):
     ended: list[Refusal] = []
     ((at, watch),) = workers(tmp_path, 1, ended)
@@ -221,6 +240,12 @@ def test_a_full_or_lost_disk_does_not_end_the_watch(tmp_path: Path):
 
 
 # ------------------------------------------------------------------ several processes
+
+
+def shown(run: Path, rank: int) -> Sign | None:
+    """The newest sign of life of a worker."""
+    path = run / FOLDER / f"{rank}.json"
+    return Sign(*json.loads(path.read_text())) if path.exists() else None
 
 
 class Noticed(Local):
@@ -269,7 +294,7 @@ def _freeze(rank: int, folder: str) -> None:
         for step in range(100):
             context.progress(step, "computing")
             if (rank, step) == (1, 5):
-                while json.loads((context.folder / FOLDER / "1.json").read_text())[3] < step:
+                while (sign := shown(context.folder, 1)) is None or sign.step < step:
                     time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGSTOP)
             context.sum(torch.zeros(1))
@@ -279,8 +304,9 @@ def test_a_frozen_worker_is_named_and_ended_though_it_hears_no_signal_but_one(tm
     with pytest.raises(Refusal, match="worker 1: shows no sign of life, computing at step 5") as refusal:
         spawn(_freeze, Cluster(on="local", workers=2, device="cpu"), str(tmp_path))
     assert refusal.value.exit_code == 75
-    frozen = json.loads((tmp_path / FOLDER / "1.json").read_text())[1]
-    assert not Path(f"/proc/{frozen}").exists()
+    frozen = shown(tmp_path, 1)
+    assert frozen
+    assert not Path(f"/proc/{frozen.pid}").exists()
 
 
 def _fail(rank: int, how: str) -> None:
@@ -326,8 +352,7 @@ def test_a_run_is_one_process_alone_and_ends_with_a_checkpoint_when_any_worker_i
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.train", str(tmp_path / "c.yaml")], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    sign = config.run_folder / FOLDER / "1.json"
-    while not sign.exists() or json.loads(sign.read_text())[3] < 5:
+    while (sign := shown(config.run_folder, 1)) is None or sign.step < 5:
         assert process.poll() is None
         time.sleep(0.05)
 
@@ -335,7 +360,7 @@ def test_a_run_is_one_process_alone_and_ends_with_a_checkpoint_when_any_worker_i
         claimed(config).__enter__()
     assert refusal.value.exit_code == 75
 
-    os.kill(json.loads(sign.read_text())[1], signal.SIGTERM)
+    os.kill(sign.pid, signal.SIGTERM)
     _, said = process.communicate()
     assert process.returncode == 75
     assert "the same command goes on" in said
