@@ -26,8 +26,8 @@ class Fault(NamedTuple):
 class Refusal(Exception):
     """The input cannot be used as it is. Carries every fault found in one pass; jobs print it and exit with its code.
 
-    Exit codes follow sysexits.h: 2 usage or settings, 65 data, 73 cannot write, 75 try again. `more` faults were found
-    than are carried.
+    Exit codes follow sysexits.h: 2 usage or settings, 65 data, 73 cannot write, 74 no room on the disk, 75 try again.
+    `more` faults were found than are carried.
     """
 
     def __init__(self, title: str, faults: Sequence[Fault] = (), exit_code: int = 2, more: int = 0) -> None:

@@ -105,13 +105,21 @@ class Judge:
 
 
 def search(tuning: Tuning) -> Winner:
-    """Tries, judges on the validation split, and trains the winner anew. The same search goes on where it stopped."""
+    """Tries, judges on the validation split, and trains the winner anew. The same search goes on where it stopped.
+
+    Raises Refusal (75) where another process is at work on it.
+    """
     saved = tuning.run_folder / "search.yaml"
     former = parse_text(Tuning, saved.read_text(), str(saved)) if saved.exists() else None
     tuning = tuning.model_copy(update={"data": tuning.data.pinned(former.data if former else None)})
     index = check(tuning.training())
     check(tuning.training().model_copy(update={"seed": tuning.seed + 1}))  # the winner's
     tuning = _claim(tuning, former, index)
+    with durable.owned(tuning.run_folder):
+        return _searched(tuning, index)
+
+
+def _searched(tuning: Tuning, index: Index) -> Winner:
     base, folder = tuning.training(), tuning.run_folder
     judge = Judge(tuning.search, index.classes, Shape(len(index.cell_names), len(index.classes)))
     introduce(tuning, index)
