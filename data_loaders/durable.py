@@ -26,6 +26,8 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 """That a file system does not keep locks."""
 OWNER = ".owner"
 """In a folder that one process at a time may write to: its lock, and who holds it."""
+ASIDE = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<end>tmp|old)")
+"""What a file or folder is called before it is published, or while it is replaced; with the process that does it."""
 NAMED_WITHIN_S = 1.0
 """An owner writes its name at once when it has the lock; who is refused waits no longer for it."""
 _held: set[int] = set()
@@ -151,6 +153,28 @@ def publishing(folder: Path, needed: int | None = None) -> Iterator[Path]:
             os.rename(old, folder)
         for left in (aside, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder that `publishing` wrote; nobody sees a part of it."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(folder: Path, names: str) -> None:
+    """Removes what processes that were killed left aside of these names, a pattern, where nobody writes them meanwhile.
+    What one of them was about to replace comes back."""
+    for left in list(folder.glob(".*")):
+        found = ASIDE.fullmatch(left.name)
+        if not found or not re.fullmatch(names, found["name"]):
+            continue
+        if found["end"] == "old" and not left.with_name(found["name"]).exists():
+            os.rename(left, left.with_name(found["name"]))
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def error_number(wrong: Exception) -> int | None:

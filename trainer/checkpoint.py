@@ -5,7 +5,6 @@ writes it, from a copy, while training goes on.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,7 +107,7 @@ class Writer:
         self.published = publish(self.run, state, Learned(tensors, plain))
         kept = {key_of(state.best.step)} if state.best else set()
         for old in [folder for folder in _steps(self.run)[self.keep :] if folder.name not in kept]:
-            shutil.rmtree(old, ignore_errors=True)
+            durable.remove(old)
 
 
 def publish(run: Path, state: State, learned: Learned) -> Path:

@@ -21,6 +21,8 @@ from trainer.watch import Watch, interruptible, watching
 
 WRITER = ".writer"
 """In a run's folder, the lock of its rank 0: the workers of a driver that was killed may live a little longer."""
+SWEPT = r"config\.yaml|log\.jsonl|metrics\.parquet|model|step-\d+"
+"""What a training publishes in a run's folder, and below checkpoints/."""
 
 
 class Run(NamedTuple):
@@ -190,4 +192,6 @@ def working(
     with watching(watch, stop), ExitStack() as stack:
         if context.rank == 0:
             stack.enter_context(durable.owned(context.folder, WRITER, config.cluster.stuck_s))
+            for folder in (context.folder, context.folder / "checkpoints"):
+                durable.sweep(folder, SWEPT)
         yield
