@@ -209,8 +209,10 @@ class Progressive(Settings):
     """Group columns that count for `by`; by default all, intersected."""
 
     def over(self, index: Index, rows: Ints, seed: int, positions: int | None = None) -> Schedule:
-        """The stream of a run of so many positions over these rows; each epoch draws as often as there are rows."""
-        firsts = range(0, _known(positions, self.kind), len(rows))
+        """The stream of a run of so many positions over these rows; each epoch draws as often as there are rows. Less
+        than half an epoch at the end belongs to the one before."""
+        epochs = max(1, round(_known(positions, self.kind) / len(rows)))
+        firsts = range(0, epochs * len(rows), len(rows))
         strata = _divided(index, rows, self.by, self.columns)
         ways = np.linspace(0, 1, len(firsts)).tolist()
         mixes = [apportion(self.weights(strata.sizes, way), len(rows)) for way in ways]

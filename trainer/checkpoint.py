@@ -106,7 +106,8 @@ class Writer:
             ready.synchronize()
         self.published = publish(self.run, state, Learned(tensors, plain))
         kept = {key_of(state.best.step)} if state.best else set()
-        for old in [folder for folder in _steps(self.run)[self.keep :] if folder.name not in kept]:
+        before = [folder for folder in _steps(self.run) if folder.name <= state.key]  # newer ones were damaged
+        for old in [folder for folder in before[self.keep :] if folder.name not in kept]:
             durable.remove(old)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from data_loaders.loader import Data
 from data_loaders.settings import Fraction, Settings, digest
@@ -63,7 +63,7 @@ class Config(Settings):
     """Names the run's folder, and its run in Weights & Biases."""
     folder: Path = Path("runs")
     """Where run folders lie; on a cluster, storage that every node sees."""
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**48)
     """Seeds the order of the data, the augmentation, the first weights and dropout."""
     data: Data
     model: AnyModel = SmallCnn()
@@ -89,8 +89,10 @@ class Config(Settings):
             )
         if self.loss.heads not in (None, self.model.heads):
             raise ValueError(f"loss.kind={self.loss.kind} needs model.heads={self.loss.heads}")
-        if self.train.reproducible and (self.train.accumulate > 1 or self.train.compile):
-            raise ValueError("train.reproducible goes with neither train.accumulate nor train.compile")
+        alone = ("compile", "sync_batch_norm") if self.train.accumulate == 1 else ("accumulate",)
+        others = [f"train.{name}" for name in alone if getattr(self.train, name)] if self.train.reproducible else []
+        if others:
+            raise ValueError(f"train.reproducible does not go with {' and '.join(others)}")
         if self.loss.adaptive and self.train.accumulate > 1:
             raise ValueError(f"loss.kind={self.loss.kind} looks at a whole batch at once: train.accumulate is 1")
         return self

@@ -337,5 +337,5 @@ def _work(arguments: dict[str, str]) -> None:
             fit(config, context)
     except Refusal as refusal:
         refusal.save(notes.refused)
-        if not context.at.is_stopping:  # all workers stop together; else Ray must hear of it, to end the others
+        if not context.at.is_stopping or refusal.exit_code != 75:  # when stopping, all workers do; else Ray must hear
             raise

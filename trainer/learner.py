@@ -69,8 +69,7 @@ class Learner:
     ) -> None:
         """`known` is what the loss knows of the data from a position of the stream on, phase by phase."""
         self.config, self.context, self.steps = config, context, steps
-        self.micro_batches = config.train.reproducible or context.workers * config.train.accumulate
-        _check(config, context, self.micro_batches)
+        self.micro_batches = check_workers(config, context.workers, context.device)
         if config.train.reproducible and context.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is not deterministic
             torch.use_deterministic_algorithms(True, warn_only=True)
@@ -312,17 +311,19 @@ def _mean_over_heads(logits: Tensor) -> Tensor:
     return logits.mean(1) if logits.ndim == 3 else logits
 
 
-def _check(config: Config, context: Context, micro_batches: int) -> None:
-    """Refuses what these workers cannot do."""
+def check_workers(config: Config, workers: int, device: torch.device | None = None) -> int:
+    """The micro-batches of a batch. Refuses what so many workers cannot do."""
     faults: list[Fault] = []
-    if context.workers > micro_batches:
-        what = f"{context.workers} workers share {micro_batches} micro-batches"
+    micro_batches = config.train.reproducible or workers * config.train.accumulate
+    if workers > micro_batches:
+        what = f"{workers} workers share {micro_batches} micro-batches"
         faults.append(Fault("train.reproducible", what, "give more of them, or fewer workers"))
     if micro_batches > 1 and config.data.batch // 2 < micro_batches:
         what = f"{config.data.batch} images make no {micro_batches} micro-batches of two or more"
         faults.append(Fault("data.batch", what, "give a larger batch"))
-    if config.train.sync_batch_norm and context.workers > 1 and context.device.type != "cuda":
+    if config.train.sync_batch_norm and workers > 1 and device is not None and device.type != "cuda":
         fix = "leave it out, or take train.reproducible"
         faults.append(Fault("train.sync_batch_norm", "torch has it on GPUs only", fix))
     if faults:
         raise Refusal("The workers do not fit the settings:", faults)
+    return micro_batches

@@ -5,9 +5,11 @@ import os
 import platform
 import resource
 import time
+from bisect import bisect_right
 from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,8 @@ from trainer.mixing import Images
 MOST_NAMED = 10
 """Images that a message names."""
 LOWER = "lower it, lengthen optimizer.warmup or set optimizer.clip"
+LEAST_DRAWN = 0.5
+"""Of a class in a phase of the sampler in which it is not drawn, where others follow."""
 PARTNERS = 1
 """Sets the stream of images that are mixed in apart from the one that they are mixed into."""
 
@@ -52,8 +56,8 @@ def fit(config: Config, context: Context) -> None:
     steps = config.train.total(len(rows), config.data.batch)
     stream = config.data.sampler.over(index, rows, config.seed, steps * config.data.batch)
     known = knowledge(config, index, rows, stream, steps)
-    ledger = first_ledger(config, index, known)
-    shape = Shape(len(index.cell_names), len(index.classes), ledger.abstains)
+    final = ledger_after(steps, steps, config, index, known)
+    shape = Shape(len(index.cell_names), len(index.classes), final.abstains)
 
     learner = Learner(config, context, len(index.classes), known, steps)
     seen = torch.zeros(shape.size, dtype=torch.int64, device=context.device)  # all samples since the start of the run
@@ -95,13 +99,14 @@ def fit(config: Config, context: Context) -> None:
             done += 1
 
             is_due = done % config.train.report_every == 0 or done == steps
-            if failure := learner.failure(0) if is_due else learner.failure():
-                raise _diverged(config, index, stream, learner, context, failure)
             asked = context.ask_to_stop()
+            if failure := learner.failure(0) if is_due or asked != "go_on" else learner.failure():
+                raise _diverged(config, index, stream, learner, context, failure)
             if is_due:
                 row = {"step": done, "steps": steps, "lr": config.optimizer.rate(done - 1, steps)}
                 given = state(None)
                 row |= {"train": Tally.of(seen.cpu().numpy(), shape).pack(), "speed": pace.since_last(done - first)}
+                ledger = ledger_after(done, steps, config, index, known)
                 row |= _validate(config, index, learner.judged, ledger, context, shape)
                 best = _better(config, context, best, done, row)
                 save(given._replace(report=row, best=best))
@@ -120,12 +125,9 @@ def fit(config: Config, context: Context) -> None:
         _together(context)
         if best:
             _take_back(context, learner, best)
-    facts = {
-        "step": done,
-        "steps": steps,
-        "kept_step": best.step if best else done,
-        "stopped_early": over and bool(best),
-    }
+    kept, spent = best.step if best else done, _is_spent(config, done, best)
+    facts = {"step": done, "steps": steps, "kept_step": kept, "stopped_early": spent}
+    ledger = ledger_after(kept, steps, config, index, known)
     finish(config, index, learner.judged, ledger, context, facts)
 
 
@@ -140,22 +142,31 @@ def knowledge(config: Config, index: Index, rows: Ints, stream: Sampler, steps: 
     sizes = np.zeros((len(index.cell_names), len(index.classes)), np.int64)
     np.add.at(sizes, (index.cells[rows], index.labels[rows]), 1)
     starts = [start for start in stream.phases if start < end]
-    drawn = [stream.counts(*span) for span in pairwise([*starts, end])]
-    return [
-        (start, Known(sizes, counts / counts.sum(), config.model.scale))
-        for start, counts in zip(starts, drawn, strict=True)
-    ]
-
-
-def first_ledger(config: Config, index: Index, known: list[tuple[int, Known]]) -> Ledger:
-    """The ledger of a run before calibration; its training prior is that of the last phase, which the logits follow."""
-    last = known[-1][1]
-    if not last.prior.all():
-        never = np.flatnonzero(last.prior == 0)
+    spans = list(pairwise([*starts, end]))
+    drawn = np.array([stream.counts(*span) for span in spans], np.float64)
+    if never := np.flatnonzero(drawn[-1] == 0).tolist():
         faults = [Fault("train", f"{index.classes[k]!r} is never drawn in so few steps") for k in never]
         raise Refusal("The run is too short:", faults)
+    drawn = np.maximum(drawn, LEAST_DRAWN)
+    if config.mixing.partners is not None:  # whose labels count by their share of the images
+        partners, own = partner_stream(config, index, rows, end), config.mixing.own_share
+        drawn = own * drawn + (1 - own) * np.array([partners.counts(*span) for span in spans])
+    priors = drawn / drawn.sum(1, keepdims=True)
+    return [(start, Known(sizes, prior, config.model.scale)) for start, prior in zip(starts, priors, strict=True)]
+
+
+def partner_stream(config: Config, index: Index, rows: Ints, positions: int) -> Sampler:
+    """Of the images that are mixed in, where these have a stream of their own."""
+    assert config.mixing.partners is not None
+    return config.mixing.partners.over(index, rows, word(config.seed, PARTNERS), positions)
+
+
+def ledger_after(step: int, steps: int, config: Config, index: Index, known: list[tuple[int, Known]]) -> Ledger:
+    """The ledger, before calibration, of a model after so many of all steps: its logits are conditioned on what the
+    sampler and the loss do in the phase at hand."""
+    last = known[bisect_right([start for start, _ in known], (step - 1) * config.data.batch) - 1][1]
     natural = np.bincount(index.labels[index.rows_of(config.data.train)], minlength=len(index.classes))
-    conditioned = config.loss.logit_prior(last.prior, last)
+    conditioned = config.loss.logit_prior(last.prior, last, (step - 1) / steps)
     return config.decision.ledger(index.classes, natural / natural.sum(), last.prior, conditioned)
 
 
@@ -163,9 +174,7 @@ def _go_on(
     identity: str, context: Context, learner: Learner, seen: Tensor, machine: dict[str, str | int]
 ) -> tuple[int, checkpoint.Best | None]:
     """Loads the newest checkpoint that verifies: the steps that are done, and the best of them."""
-    folder, skipped = checkpoint.newest(context.folder)
-    if context.rank == 0:
-        say(*(f"skipped {line}" for line in skipped))
+    folder = _agreed(context)
     if folder is None:
         said = learner.start()
         say(*(said if context.rank == 0 else ()))
@@ -188,6 +197,24 @@ def _go_on(
     return state.step, state.best
 
 
+def _agreed(context: Context) -> Path | None:
+    """The newest checkpoint that verifies, as rank 0 finds it; all others must see that very one."""
+    step = -1
+    if context.rank == 0:
+        found, skipped = checkpoint.newest(context.folder)
+        say(*(f"skipped {line}" for line in skipped))
+        step = checkpoint.state_of(found).step if found else -1
+    step = int(context.sum(torch.tensor([step + 1 if context.rank == 0 else 0], device=context.device))) - 1
+    if step < 0:
+        return None
+    folder = context.folder / "checkpoints" / checkpoint.key_of(step)
+    wrong = durable.damage(folder) if context.rank else None
+    if context.sum(torch.tensor([wrong is not None], dtype=torch.int64, device=context.device)):
+        what = wrong or "another worker cannot read it"
+        raise Refusal("The workers do not see the same files:", [Fault(str(folder), what, "try again")], 75)
+    return folder
+
+
 def machine_of(config: Config, context: Context) -> dict[str, str | int]:
     """What the roundings depend on, beside settings and data."""
     device = context.device
@@ -208,13 +235,13 @@ def _batches(
         return _ahead(training_batches(index, config.data, sampler, seed, steps, places), context.device)
 
     own = on_device(stream, config.seed)
-    other = config.mixing.partners
-    if other is None:
+    if config.mixing.partners is None:
         with contextlib.closing(own):
             yield from ((images, None) for images in own)
         return
-    seed = word(config.seed, PARTNERS)
-    partners = on_device(other.over(index, rows, seed, steps.stop * config.data.batch), seed)
+    partners = on_device(
+        partner_stream(config, index, rows, steps.stop * config.data.batch), word(config.seed, PARTNERS)
+    )
     with contextlib.closing(own), contextlib.closing(partners):
         yield from zip(own, partners, strict=True)
 
@@ -304,12 +331,14 @@ def _validate(config: Config, index: Index, model: nn.Module, ledger: Ledger, co
     rows = index.rows_of(config.data.validation)
     _same_buffers(model, context)
     logits = logits_of(model, index, config.data, rows, context)
+    if not np.isfinite(logits).all():  # which every worker has
+        what = f"{np.sum(~np.isfinite(logits).all(1)):,} validation images have logits that are not finite numbers"
+        raise Refusal("Training diverged:", [Fault("optimizer.lr", what, LOWER)], 65)
     if context.rank:
         return {}
     labels = index.labels[rows]
     seen = tally(view("ledger", ledger, logits), labels, index.cells[rows], shape)
-    finite = np.isfinite(logits).all()  # a model that diverges is refused at its next step, by all workers at once
-    after = calibrate(ledger, logits, labels, Temperature()).nll_after if finite else np.nan
+    after = calibrate(ledger, logits, labels, Temperature()).nll_after
     return {"validation": seen.pack(), "calibrated_nll": after}
 
 

@@ -182,13 +182,13 @@ class Loss(Settings):
         """The loss over such data."""
 
     @abstractmethod
-    def logit_prior(self, training_prior: Floats, known: Known) -> Floats:
-        """[K] the prior that softmax(logits) is conditioned on when training ends, where classes were drawn as in
-        `training_prior`."""
+    def logit_prior(self, training_prior: Floats, known: Known, progress: float = 1.0) -> Floats:
+        """[K] the prior that softmax(logits) is conditioned on at a share of the run's steps, where classes are drawn
+        as in `training_prior`."""
 
 
 class Weighted(Loss):
-    """A loss that weighs classes. The logits are conditioned on ~ prior * weights, as in the end they are in force."""
+    """A loss that weighs classes. The logits are conditioned on ~ prior * weights, once these are in force."""
 
     weights: AnyWeights = Equal()
     """Of the classes."""
@@ -211,8 +211,9 @@ class Weighted(Loss):
         state = torch.empty(0, dtype=torch.float64, device=device)
         return Criterion(self.formula(known, tensor), tensor(self._by_class(known)), self.deferred, state)
 
-    def logit_prior(self, training_prior: Floats, known: Known) -> Floats:
-        prior = training_prior * self._by_class(known) / np.exp(self.removed * known.log_prior)
+    def logit_prior(self, training_prior: Floats, known: Known, progress: float = 1.0) -> Floats:
+        weights = self._by_class(known) if progress >= self.deferred else 1.0
+        prior = training_prior * weights / np.exp(self.removed * known.log_prior)
         return prior / prior.sum()
 
     def _by_class(self, known: Known) -> Floats:
@@ -392,7 +393,7 @@ class GroupDro(Loss):
         equal = torch.ones(len(known.prior), device=device)
         return WorstGroups(_plain, equal, 0.0, state, self.over == "label_and_group", self.eta, handicap)
 
-    def logit_prior(self, training_prior: Floats, known: Known) -> Floats:
+    def logit_prior(self, training_prior: Floats, known: Known, progress: float = 1.0) -> Floats:
         return training_prior
 
 

@@ -7,6 +7,7 @@ batch is a function of (seed, step): so the images are the same for any number o
 from __future__ import annotations
 
 from abc import abstractmethod
+from math import exp, lgamma
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -51,6 +52,11 @@ class Mixed(NamedTuple):
 
 class Mixing(Settings):
     """What all ways to mix have."""
+
+    @property
+    def own_share(self) -> float:
+        """How much the stream's own labels count, in expectation; the rest is that of the stream of partners."""
+        return 1.0
 
     @property
     def partners(self) -> AnySampler | None:
@@ -138,12 +144,23 @@ class Cmo(Mixing):
     def partners(self) -> AnySampler:
         return self.sampler
 
+    @property
+    def own_share(self) -> float:
+        """A box of area s**2, whose middle is anywhere, keeps (s - s**2 / 4)**2 of it inside; s**2 ~ Beta."""
+        area = _moment(self.alpha, 1) - _moment(self.alpha, 1.5) / 2 + _moment(self.alpha, 2) / 16
+        return 1 - self.probability * area
+
     def blend(self, own: Images, other: Images, random: np.random.Generator, places: slice, batch: int) -> Mixed:
         boxes = _boxes(random, batch, self.alpha, self.probability, *own.images.shape[2:])
         return _paste(own, other, boxes[places])
 
 
 AnyMixing = Annotated[Unmixed | Mixup | CutMix | Cmo, Field(discriminator="kind")]
+
+
+def _moment(alpha: float, power: float) -> float:
+    """Mean of x ** power, where x ~ Beta(alpha, alpha)."""
+    return exp(lgamma(alpha + power) + lgamma(2 * alpha) - lgamma(alpha) - lgamma(2 * alpha + power))
 
 
 def neighbours(own: Images) -> Images:

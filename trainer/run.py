@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ from trainer.collect import Collector
 from trainer.config import Config
 from trainer.context import Local, Row, Worker, device_for, leave, spawn
 from trainer.ensemble import combine
-from trainer.loop import first_ledger, fit, identity_of, knowledge
+from trainer.learner import check_workers
+from trainer.loop import fit, identity_of, knowledge, ledger_after
 from trainer.watch import Watch, interruptible, watching
 
 WRITER = ".writer"
@@ -141,9 +142,12 @@ def check(config: Config) -> Index:
     device_for(config.cluster.device, 0, config.cluster.most if config.cluster.is_here else 0)
     rows = config.data.training_rows(index)
     steps = config.train.total(len(rows), config.data.batch)
+    config.model.start_hash()
+    for workers in {config.cluster.least, config.cluster.most}:
+        check_workers(config, workers)
     for one in config.members() if config.train.members > 1 else [config]:
         stream = one.data.sampler.over(index, rows, one.seed, steps * one.data.batch)
-        first_ledger(one, index, knowledge(one, index, rows, stream, steps))
+        ledger_after(steps, steps, one, index, knowledge(one, index, rows, stream, steps))
     return index
 
 
@@ -165,7 +169,6 @@ def _work(rank: int, text: str) -> None:
     config = parse_text(Config, text)
     collector = Collector(text) if rank == 0 else None
     device = device_for(config.cluster.device, rank, config.cluster.most)
-    exit_code = 1
 
     def collect(key: str, row: Row) -> None:
         heard = len(collector.lines) if collector else 0
@@ -177,21 +180,33 @@ def _work(rank: int, text: str) -> None:
     try:
         with working(config, context, leave):
             fit(config, context)
-        exit_code = 0
-    finally:
+            if collector:
+                collector.close()
+    except BaseException:
         if collector:
-            collector.close(exit_code)
+            with suppress(OSError, Refusal):  # what came first is what is told
+                collector.close(1)
+        raise
 
 
 @contextmanager
 def working(
     config: Config, context: Worker, end: Callable[[Refusal], None], stop: Path | None = None
 ) -> Iterator[None]:
-    """While the block runs, this worker is watched; rank 0 waits until no other rank 0 writes there any more."""
+    """While the block runs, this worker is watched; rank 0 waits until no other rank 0 writes there any more.
+
+    A full disk becomes a Refusal (74).
+    """
     watch = Watch(context.folder, context.rank, context.workers, context.at, config.cluster.stuck_s, end)
     with watching(watch, stop), ExitStack() as stack:
         if context.rank == 0:
             stack.enter_context(durable.owned(context.folder, WRITER, config.cluster.stuck_s))
             for folder in (context.folder, context.folder / "checkpoints"):
                 durable.sweep(folder, SWEPT)
-        yield
+        try:
+            yield
+        except OSError as wrong:
+            number = durable.error_number(wrong)
+            if number not in durable.FULL:
+                raise
+            raise durable.no_room(Path(wrong.filename or context.folder), number, None) from wrong

@@ -392,7 +392,9 @@ def _read_trial(folder: Path) -> Trial:
     reports.sort(key=lambda row: row["step"])
     refused, failure, state = folder / REFUSED, "", "unfinished"
     if durable.damage(folder / "model") is None and (folder / "metrics.parquet").exists():  # written last of all
-        state = "finished" if reports and reports[-1]["step"] == reports[-1]["steps"] else "stopped"
+        facts = json.loads((folder / "model" / "facts.json").read_bytes())
+        state = "finished" if facts["step"] == facts["steps"] or facts["stopped_early"] else "stopped"
+        reports = [row for row in reports if row["step"] <= facts["kept_step"]]  # of which the last is the model's own
     elif refused.exists():
         refusal = Refusal.load(refused)
         state, failure = "failed", "; ".join(map(str, refusal.faults)) or refusal.title

@@ -281,7 +281,7 @@ def test_progressive_goes_from_natural_to_balanced_as_the_paper_says():
 
 def test_progressive_ends_balanced_in_an_epoch_that_is_cut_short_and_stays_so_after_the_run():
     index = made(sizes(90, 10))
-    stream = Progressive().over(index, rows_of(index), 0, 250)
+    stream = Progressive().over(index, rows_of(index), 0, 260)
     assert stream.phases == (0, 100, 200)
     assert stream.counts(200, 600).tolist() == [200, 200]
 

@@ -144,6 +144,18 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(d
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-000000002"]
 
 
+def test_checkpoints_that_are_damaged_do_not_push_out_those_that_are_written_after_them(dataset, tmp_path):
+    config = config_for(dataset, tmp_path, **{"train.keep": 2, "calibration": {"kind": "temperature"}})
+    train(config)
+    for folder in (config.run_folder / "checkpoints").iterdir():
+        (folder / "state.json").write_text("{}")
+    train(config, stop_after=4)
+    found, skipped = checkpoint.newest(config.run_folder)
+    assert found
+    assert found.name == "step-000000004"
+    assert len(skipped) == 2
+
+
 def test_what_cannot_be_written_is_told_at_the_next_checkpoint_or_at_the_end(tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     writer = checkpoint.Writer(tmp_path, keep=1)

@@ -33,10 +33,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 KILLED = {-signal.SIGKILL, 75}
 """How a training ends that was killed: with its driver, or because of a worker."""
-ORPHANS_S = 10.0
-"""What workers have to end by themselves whose driver was killed."""
 BEGIN_S = 120.0
-"""What a driver has to start its workers."""
+"""What a driver has to start its workers; and what these have to end by themselves when it is killed, since they do not
+notice before they have imported torch."""
 How = dict[str, Any]
 """To kill a training, as `Trainings` takes it; empty to let it be."""
 
@@ -175,6 +174,29 @@ def test_a_training_that_is_killed_before_anything_that_it_does_to_the_disk_ends
 
 # ------------------------------------------------------------------ with real processes
 
+LAST_OF_TWO = """
+import multiprocessing, os, signal
+from trainer.context import _first_that_fails
+
+fork = multiprocessing.get_context("fork")
+
+def work(rank):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+for _ in range(100):
+    processes = [fork.Process(target=work, args=(rank,)) for rank in range(2)]
+    processes[0].start()
+    processes[0].join()
+    processes[1].start()
+    print(_first_that_fails(processes))
+"""
+
+
+def test_a_worker_that_is_killed_when_the_others_are_through_is_never_taken_for_done():
+    ended = subprocess.run([sys.executable, "-c", LAST_OF_TWO], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["1"] * 100
+
 
 def started(config: Config, said: Path) -> subprocess.Popen[bytes]:
     config.folder.mkdir(exist_ok=True)
@@ -213,7 +235,7 @@ def killed(config: Config, said: Path, whom: str, random: Random) -> None:
     time.sleep(random.uniform(0, 2 * (time.monotonic() - began)))  # they need as long as their driver to import torch
     os.kill(process.pid if whom == "driver" else random.choice(workers), signal.SIGKILL)
     assert process.wait() in KILLED, said.read_text()
-    wait_until(lambda: not any(map(lives, workers)), ORPHANS_S)
+    wait_until(lambda: not any(map(lives, workers)), BEGIN_S)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """One step: whatever a batch is cut into it is the same step, and one that goes wrong changes no weight."""
 
 import json
+from collections import deque
 from typing import Any
 from unittest import mock
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from data_loaders.faults import Refusal
 from data_loaders.index import open_index
-from trainer import checkpoint, loop
+from trainer import checkpoint, loop, run
 from trainer.config import Config
 from trainer.context import Local
 from trainer.learner import Learner
@@ -227,6 +228,74 @@ def test_training_stops_early_on_a_proper_score_and_keeps_the_best_weights_throu
     assert list(train(parted).rows) == [checkpoint.key_of(facts["step"])]  # which is over already
     a, b = (c.run_folder / "model" / "model.safetensors" for c in (config, parted))
     assert a.read_bytes() == b.read_bytes()
+
+
+LATE = {"kind": "deferred", "after": 0.8}
+
+
+@pytest.mark.parametrize(
+    "late", [{"data.sampler": LATE}, {"loss": {"kind": "cross_entropy", "weights": {"kind": "power"}, "deferred": 0.8}}]
+)
+def test_a_run_that_ends_before_a_remedy_comes_into_force_knows_what_its_logits_are_conditioned_on(
+    dataset, tmp_path, late
+):
+    natural = {"data.sampler": {"kind": "stratified", "temper": 1}}
+    config = config_for(dataset, tmp_path, **natural | {"train.steps": 84, "train.report_every": 21} | late)
+    config.run_folder.mkdir()
+    (config.run_folder / "stop").touch()  # after the first report
+    train(config)
+    early = checkpoint.load_model(config.run_folder / "model", CPU).ledger
+    np.testing.assert_allclose(early.logit_prior, np.array([60, 18, 6]) / 84, atol=0.02)
+    (config.run_folder / "stop").unlink()
+    train(config)
+    late_ledger = checkpoint.load_model(config.run_folder / "model", CPU).ledger
+    np.testing.assert_allclose(late_ledger.logit_prior, np.full(3, 1 / 3), atol=0.02)
+
+
+def test_the_ledger_counts_the_labels_of_pasted_foregrounds(dataset, tmp_path):
+    changes = {"data.sampler": {"kind": "stratified", "temper": 1}, "mixing": {"kind": "cmo"}, "train.steps": 84}
+    config = config_for(dataset, tmp_path, **changes, **{"data.size": 32, "train.report_every": 84})
+    mass = np.zeros(3)
+    losses = Criterion.losses
+
+    def counted(self: Criterion, logits: Any, labels: torch.Tensor, cells: Any) -> torch.Tensor:
+        nonlocal mass
+        mass = mass + weights.popleft() @ np.eye(3)[labels.numpy()]
+        return losses(self, logits, labels, cells)
+
+    forward, weights = Learner._forward, deque[Any]()
+
+    def noted(self: Learner, part: Any, *rest: Any) -> Any:
+        weights.append(part.shares.numpy())
+        return forward(self, part, *rest)
+
+    with mock.patch.object(Criterion, "losses", counted), mock.patch.object(Learner, "_forward", noted):
+        train(config)
+    ledger = checkpoint.load_model(config.run_folder / "model", CPU).ledger
+    np.testing.assert_allclose(ledger.logit_prior, mass / mass.sum(), atol=0.012)
+
+
+def test_settings_that_do_not_fit_the_workers_leave_nothing_behind(dataset, tmp_path):
+    bad = {"train.reproducible": 2, "cluster.workers": 4}
+    with pytest.raises(Refusal, match="4 workers share 2 micro-batches"):
+        run.train(config_for(dataset, tmp_path, **bad))
+    with pytest.raises(Refusal, match="typo"):
+        run.train(config_for(dataset, tmp_path, **{"model.weights": "/nowhere/typo.safetensors"}))
+    assert not (tmp_path / "r").exists()
+
+
+def test_logits_that_are_no_numbers_are_a_divergence(dataset, tmp_path):
+    config = config_for(dataset, tmp_path)
+    evaluated = loop.logits_of
+
+    def broken(*given: Any) -> Any:
+        return evaluated(*given) * np.nan
+
+    said = "33 validation images have logits"
+    with mock.patch.object(loop, "logits_of", broken), pytest.raises(Refusal, match=said) as refusal:
+        train(config)
+    assert refusal.value.exit_code == 65
+    assert not (config.run_folder / "checkpoints").exists()
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compilers
