@@ -278,10 +278,14 @@ def _first_that_fails(processes: Sequence[BaseProcess]) -> int | None:
                 process.terminate()
         wait([process.sentinel for process in living], POLL_S)
         codes = [process.exitcode for process in processes]
-        failed = next((rank for rank, code in enumerate(codes) if code), None) if failed is None else failed
+        failed = _first_bad(codes) if failed is None else failed
         if any(code not in {None, 0, 75} for code in codes):
             break
-    return failed
+    return _first_bad([process.exitcode for process in processes]) if failed is None else failed
+
+
+def _first_bad(codes: Sequence[int | None]) -> int | None:
+    return next((rank for rank, code in enumerate(codes) if code), None)
 
 
 def _end(processes: Sequence[BaseProcess]) -> None:

@@ -138,21 +138,23 @@ def test_the_state_of_a_trial_is_read_from_its_folder(tmp_path):
         (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return path
 
-    for number, last in ((0, 10), (1, 6)):
-        with durable.publishing(folder(number, report(2, 0.9), report(last, 0.5)) / "model") as aside:
-            (aside / "weights").write_text("")
+    for number, last, early in ((0, 10, False), (1, 6, False), (5, 8, True)):
+        reports = [report(2, 0.9), report(6, 0.4), report(8, 0.6)] if early else [report(2, 0.9), report(last, 0.5)]
+        facts = {"step": last, "steps": 10, "kept_step": 6 if early else last, "stopped_early": early}
+        with durable.publishing(folder(number, *reports) / "model") as aside:
+            durable.write_json(aside / "facts.json", facts)
         (tmp_path / "trials" / f"trial-{number:03d}" / "metrics.parquet").write_text("")
     Refusal("Training diverged:", [Fault("optimizer.lr", "is too high")], 65).save(folder(2) / "refused.json")
     folder(3, report(2, 0.9))
     with durable.publishing(folder(4, report(2, 0.9)) / "model") as aside:  # killed before all was collected
         (aside / "weights").write_text("")
     tried = read_trials(tmp_path)
-    assert [t.state for t in tried] == ["finished", "stopped", "failed", "unfinished", "unfinished"]
+    assert [t.state for t in tried] == ["finished", "stopped", "failed", "unfinished", "unfinished", "finished"]
     write_table(tmp_path, tried, judge())
     table = pyarrow.parquet.read_table(tmp_path / "trials.parquet").to_pydict()
-    assert table["objective"] == [0.5, 0.5, None, 0.9, 0.9]
-    assert table["penalties.l1"] == [1e-5] * 5
-    assert table["step"] == [10, 6, None, 2, 2]
+    assert table["objective"] == [0.5, 0.5, None, 0.9, 0.9, 0.4]  # of the last, that of the weights that it keeps
+    assert table["penalties.l1"] == [1e-5] * 6
+    assert table["step"] == [10, 6, None, 2, 2, 6]
     assert "is too high" in table["failure"][2]
 
 
