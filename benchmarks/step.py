@@ -4,9 +4,10 @@ python -m benchmarks.step        `fit` against a loop by hand, Lightning and Acc
 python -m benchmarks.step ray    what Ray adds to a training in plain processes: its start, and each report
 
 A step's time is in CPU seconds of its process, with one thread for the network; the sides take turns step by step, so
-that whatever else the machine does meets all alike. Two processes that do the same differ by some percent for as long as
-they live, so each set has new ones, and the loop by hand runs twice: that ratio is what chance does. All take the same batches from the same loader, the same model and
-the same optimiser; only `fit` also counts, validates and saves, and of these counting lies within its steps.
+that whatever else the machine does meets all alike. Two processes that do the same differ by some percent for as long
+as they live, so each set has new ones, and the loop by hand runs twice: that ratio is what chance does. All take the
+same batches from the same loader, the same model and the same optimiser; only `fit` also counts, validates and saves,
+and of these counting lies within its steps.
 """
 
 import json

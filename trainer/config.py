@@ -116,6 +116,7 @@ class Config(Settings):
 
     @property
     def identity(self) -> str:
-        """Hash of what decides the weights: the same for any cluster, place and tracking."""
+        """Hash of what decides the model: the same for any cluster, place, tracking and number of threads."""
         same = {"name": "run", "folder": Path("runs"), "cluster": Cluster(), "tracking": Tracking(), "resume": False}
-        return digest(self.model_copy(update=same))
+        data = self.data.model_copy(update={"threads": 1, "prefetch": 1})
+        return digest(self.model_copy(update=same | {"data": data, "train": self.train.model_copy(update={"keep": 1})}))

@@ -206,7 +206,7 @@ def test_a_changed_setting_is_refused_by_name_and_a_changed_cluster_is_not(datas
     run.train(config)
     with pytest.raises(Refusal, match=r"model\.dropout: was 0\.2, now 0\.3"):
         run.train(override(config, {"model.dropout": 0.3}))
-    again = override(config, {"cluster.threads": 2, "tracking.project": "other"})
+    again = override(config, {"cluster.threads": 2, "tracking.project": "other", "data.threads": 3, "train.keep": 5})
     before, log = weights(config.run_folder), (config.run_folder / "log.jsonl").read_text()
     run.train(again)  # which is done already
     assert weights(config.run_folder) == before
