@@ -83,9 +83,7 @@ def step_table(folder: Path) -> None:
     ways = {"by hand": by_hand, "by hand, again": by_hand, "fit": by_fit}
     ways |= {"Lightning": by_lightning, "Accelerate": by_accelerate}
     seconds = np.array([in_turns([*ways.values()], config_for(folder, name=f"set-{n}"), n) for n in range(SETS)])
-    print(
-        f"{SETS} sets of processes, {ROUNDS} steps each; ratios are medians of the sets, with the least and the greatest"
-    )
+    print(f"{SETS} sets of processes, {ROUNDS} steps each; ratios: median, least and greatest of the sets")
     print("| | CPU ms a step | against by hand | `fit` against it |\n|---|---|---|---|")
     for name, one in zip(ways, seconds.T, strict=True):
         row = [name, f"{1e3 * np.median(one):.1f}", ratio(one / seconds[:, 0]), ratio(seconds[:, 2] / one)]
