@@ -138,7 +138,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(d
         may_write.set()
         writer.save(checkpoint.State(2, "x"), checkpoint.Learned({"model": {"w": weights}}, {}))
         assert writer.published == tmp_path / "checkpoints" / "step-000000001"
-        first = checkpoint.load(writer.published)[1].tensors["model"]["w"]
+        first = checkpoint.load(tmp_path / "checkpoints" / "step-000000001")[1].tensors["model"]["w"]
         writer.close()
     assert torch.equal(first, torch.arange(8.0))
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-000000002"]
