@@ -12,7 +12,7 @@ CPUS ?= 4
 setup: .venv/ready
 
 # The stamp is newer than the lock, or everything is installed again; a second call costs nothing.
-.venv/ready: requirements.lock pyproject.toml
+.venv/ready: requirements.lock pyproject.toml hatch_build.py data_loaders/native/rows.c
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.13 is needed; call make PYTHON=…" if not (3, 11) <= sys.version_info < (3, 14) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv: some minutes and 6 GB, once"

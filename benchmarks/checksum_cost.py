@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from PIL import Image
 
-from data_loaders.augment import rng
 from data_loaders.decode import decode
 from data_loaders.index import Reader
 from data_loaders.ingest import Ingest, in_processes, ingest
@@ -55,7 +54,7 @@ def measure(photos: Path | None) -> str:
 
             def seconds(reader: Reader, row: int) -> float:
                 began = time.thread_time()
-                data.augmentation(decode(reader.read(row)), data.size, rng(0, row))
+                data.augmentation.augmented(decode(reader.read(row)), data.size, 0, row)
                 return time.thread_time() - began
 
             took = np.zeros((2, turns * rows))

@@ -219,6 +219,8 @@ def targets_of(folder: Path) -> list[Target]:
         *(Target("shard", f"{manifest.SHARDS}/{shard.name}", None, None) for shard in newest.shards),
         Target("index", newest.index.name, None, first.index.name),
         Target("index", first.index.name, 1, None),
+        Target("order", newest.order.name, None, first.order.name),
+        Target("order", first.order.name, 1, None),
         Target("manifest", manifest.NAME, None, older),
         Target("manifest", older, 1, None),
     ]

@@ -11,7 +11,7 @@ import numpy as np
 PAGE = 512
 """Bytes; the files of the trial have a few pages of 4096 only."""
 SPLICE = 64
-REGIONS = {"shard": 0.7, "index": 0.15, "manifest": 0.15}
+REGIONS = {"shard": 0.65, "index": 0.1, "order": 0.1, "manifest": 0.15}
 WHOLE_FILE = 0.1
 """Share of the mutations that put another thing in the place of a file."""
 

@@ -32,11 +32,13 @@ Pixels = NDArray[np.uint8]
 """An image, [height, width, 3], RGB."""
 
 
-def decode(content: bytes, pixel_cap: int = PIXEL_CAP) -> Pixels:
+def decode(content: bytes, pixel_cap: int = PIXEL_CAP, side: int = 0) -> Pixels:
     """The upright image: EXIF orientation is applied, transparency laid over white, 16 bits and CMYK brought to RGB.
 
-    Raises Undecodable.
+    With a `side`, the content is no file but pixels [side, side, 3], which are given back. Raises Undecodable.
     """
+    if side:
+        return np.frombuffer(content, np.uint8).reshape(side, side, 3)
     header = read_header(content, pixel_cap)
     with pillow():
         return pixels_of(upright(load(content, header), header))

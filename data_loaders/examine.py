@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_loaders.decode import as_rgb, load, pillow, upright
+from data_loaders.decode import Pixels, as_rgb, load, pillow, upright
 from data_loaders.formats.header import PIXEL_CAP, Header
 from data_loaders.formats.read import read_header
 from data_loaders.look import SIDE, look_of, small
@@ -40,6 +40,11 @@ def examine(content: bytes, pixel_cap: int = PIXEL_CAP, check: Check = "decode")
     header = read_header(content, pixel_cap, whole=check == "decode")
     seen = look_of(small_grey(content, header)) if check == "decode" else 0
     return Seen(header.format, *header.upright, header.quality, header.notes, seen)
+
+
+def small_grey_of(pixels: Pixels) -> np.ndarray:
+    """The same of an image that is decoded."""
+    return np.asarray(small(Image.fromarray(pixels)).convert("L"))
 
 
 def small_grey(content: bytes, header: Header) -> np.ndarray:

@@ -1,29 +1,32 @@
-"""Where every sample lies and what is known of it, as arrays; the only part of a data set that is held in memory."""
+"""Where every sample lies and what is known of it, as arrays: the only part of a data set that is held in memory, or is
+mapped into it where there is much of it."""
 
 import errno
-import hashlib
 import math
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc
 from numpy.typing import NDArray
 
 from data_loaders import manifest as manifests
 from data_loaders.faults import Fault, Refusal
 from data_loaders.manifest import SHARDS, Manifest
+from data_loaders.mapped import SLICE, ArrowFile, Handle, Verification
 
 Ints = NDArray[np.int64]
 MOST_CELLS = 2**24
 HANDLES = 128
 """Open shards of a reader; a data set may have more than a process may open."""
+TAILS = 2**16
+"""Ends of what checksums cover that a reader remembers: one for each class in each intersection of groups, mostly."""
 NOT_OF_THE_DATA = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM}
 
 
@@ -48,15 +51,62 @@ FIELDS = {
 """Columns of the index file, beside `id` and one of int32 for each group column."""
 
 
-@dataclass(frozen=True)
-class Index:
-    """N samples of K classes with A group columns."""
+class Order(NamedTuple):
+    """Which rows are of which of S strata; these are in the order of their split, class and groups."""
+
+    split: Ints
+    """Of each stratum, [S], a position in `splits`."""
+    label: Ints
+    """[S]"""
+    groups: Ints
+    """[S, A]; -1 where groups do not count."""
+    first: Ints
+    """Where in `rows` the rows of each stratum begin, [S]; they lie side by side, in their order."""
+    sizes: Ints
+    """Rows of each stratum, [S]."""
+    rows: Ints
+    """Rows of the data set; it holds more than those of one order."""
+
+    def of(self, split: int) -> slice:
+        """The strata of a split."""
+        return slice(*np.searchsorted(self.split, [split, split + 1]).tolist())
+
+
+class Samples(NamedTuple):
+    """What a loader needs to know of B rows."""
 
     labels: Ints
+    """[B]"""
+    cells: Ints
+    """[B], as `Index.cells` numbers them."""
+    shard: Ints
+    """[B]"""
+    offset: Ints
+    """[B]"""
+    length: Ints
+    """[B]"""
+    image_crc32c: Ints
+    """[B]"""
+    width: Ints
+    """[B]"""
+    height: Ints
+    """[B]"""
+
+
+@dataclass(frozen=True)
+class Index:
+    """N samples of K classes with A group columns.
+
+    Fields are the columns of the file as they lie there, and cost nothing. A large file is verified while it is used:
+    what costs as much, such as `labels`, `cells`, `ids` or `rows_of`, waits for the verdict; whoever needs some rows at
+    a time asks for it with `check`.
+    """
+
+    label: NDArray[np.int32]
     """Class of each sample, [N], in 0 … K-1."""
-    groups: Ints
-    """Value of each group column, [N, A], a position in `group_values`."""
-    split: Ints
+    group: tuple[NDArray[np.int32], ...]
+    """Of each group column the value of each sample, A of [N], a position in `group_values`."""
+    in_split: NDArray[np.int16]
     """Position in `splits`, [N]."""
     shard: NDArray[np.int32]
     """Position in `shards`, [N]."""
@@ -77,8 +127,14 @@ class Index:
     """Perceptual hash, [N]; 0 where it was not taken."""
     unit: NDArray[np.uint64]
     """Hash of what is never divided between splits (a patient), [N]; 0 of a row alone."""
-    ids: pa.ChunkedArray
-    """Path of each sample as its source wrote it, [N]."""
+    id_ends: Ints
+    """Where the path of each sample, as its source wrote it, ends in `id_text`, [N + 1]; the first one begins there."""
+    id_text: NDArray[np.uint8]
+    """UTF-8"""
+    by_class: Order
+    """Rows by split and class."""
+    by_cell: Order
+    """Rows by split, class and groups."""
     classes: tuple[str, ...]
     group_values: dict[str, tuple[str, ...]]
     """Group column -> its values."""
@@ -87,29 +143,89 @@ class Index:
     folder: Path
     fingerprint: str
     """Hash of everything above: two data sets with the same fingerprint hold the same rows."""
+    side: int
+    """Height and width of images that are stored as pixels [side, side, 3]; 0 where they are files."""
+    manifest: Manifest
+    verification: Verification
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the files itself."""
+        return index_of, (self.folder, self.manifest)
+
+    def check(self, wait: bool = False) -> None:
+        """Raises Refusal (65) where the files are damaged, as far as that is known by now or, if it waits, at all."""
+        self.verification.check(wait)
+
+    @cached_property
+    def labels(self) -> Ints:
+        """Class of each sample, [N]."""
+        self.check(wait=True)
+        return self.label.astype(np.int64)
+
+    @cached_property
+    def groups(self) -> Ints:
+        """Value of each group column, [N, A], a position in `group_values`."""
+        self.check(wait=True)
+        return np.stack(self.group, 1).astype(np.int64) if self.group else np.zeros((len(self), 0), np.int64)
+
+    @cached_property
+    def split(self) -> Ints:
+        """Position in `splits`, [N]."""
+        self.check(wait=True)
+        return self.in_split.astype(np.int64)
+
+    @cached_property
+    def ids(self) -> pa.ChunkedArray:
+        """Path of each sample as its source wrote it, [N]."""
+        self.check(wait=True)
+        buffers = [None, pa.py_buffer(self.id_ends), pa.py_buffer(self.id_text)]
+        return pa.chunked_array([pa.Array.from_buffers(pa.large_string(), len(self), buffers)])
+
+    def id_of(self, row: int) -> str:
+        return bytes(self.id_text[self.id_ends[row] : self.id_ends[row + 1]]).decode(errors="replace")
 
     def rows_of(self, split: str) -> Ints:
         """The rows of a split, in the order of the data set."""
+        number = self._number(split)
+        self.check(wait=True)
+        return np.flatnonzero(self.in_split == number)
+
+    def whole(self, split: str) -> "Whole":
+        """The same rows, without a list of them."""
+        return Whole(self, self._number(split))
+
+    def _number(self, split: str) -> int:
         if split not in self.splits:
             fix = f"it has {', '.join(self.splits)}"
             raise Refusal("A split is missing:", [Fault(str(self.folder), f"no split {split!r}", fix)], 65)
-        return np.flatnonzero(self.split == self.splits.index(split))
+        return self.splits.index(split)
 
-    @cached_property
-    def most_pixels(self) -> int:
-        """Of the largest image."""
-        return int((self.width.astype(np.int64) * self.height).max(initial=0))
+    def class_sizes(self, rows: "Rows") -> Ints:
+        """How many of these rows are of each class, [K]; of a whole split at no cost."""
+        if not isinstance(rows, Whole):
+            return np.bincount(self.labels_of(rows), minlength=len(self.classes))
+        sizes, of = np.zeros(len(self.classes), np.int64), self.by_class.of(rows.split)
+        sizes[self.by_class.label[of]] = self.by_class.sizes[of]
+        return sizes
+
+    def cell_sizes(self, rows: "Rows") -> Ints:
+        """The same by cell, [cells, K]. Raises Refusal where there are too many cells."""
+        shape = (self._count_cells(), len(self.classes))
+        if not isinstance(rows, Whole):
+            place = self.cells_of(rows) * len(self.classes) + self.labels_of(rows)
+            return np.bincount(place, minlength=math.prod(shape)).reshape(shape)
+        sizes, of = np.zeros(shape, np.int64), self.by_cell.of(rows.split)
+        cells = self._cells(self.by_cell.groups[of].T, of.stop - of.start)
+        sizes[cells, self.by_cell.label[of]] = self.by_cell.sizes[of]
+        return sizes
 
     def occurring_cells(self) -> tuple[list[tuple[str, ...]], Ints]:
         """Values of the group columns in each intersection that has a sample, in order, and each sample's place among
         them, [N]. Of any number of columns, unlike `cells`."""
-        number, most = np.zeros(len(self.labels), np.int64), 1
-        for column, values in enumerate(self.group_values.values()):
-            number = number * len(values) + self.groups[:, column]
-            most *= len(values)
-            if most > MOST_CELLS:
-                present, number = np.unique(number, return_inverse=True)
-                most = len(present)
+        number = numbered(zip(self.groups.T, map(len, self.group_values.values()), strict=True), len(self))
         _, first, place = np.unique(number, return_index=True, return_inverse=True)
         names = list(self.group_values.values())
         return [tuple(names[a][v] for a, v in enumerate(row)) for row in self.groups[first].tolist()], place
@@ -120,13 +236,9 @@ class Index:
 
         Raises Refusal where there are too many to count each of them.
         """
-        if (count := math.prod(map(len, self.group_values.values()))) > MOST_CELLS:
-            what = f"{len(self.group_values)} group columns have {count:,} intersections"
-            raise Refusal("The groups are too many:", [Fault(str(self.folder), what, "ingest fewer group columns")], 65)
-        cell = np.zeros(len(self.labels), np.int64)
-        for column, values in enumerate(self.group_values.values()):
-            cell = cell * len(values) + self.groups[:, column]
-        return cell
+        self._count_cells()
+        self.check(wait=True)
+        return self._cells(self.group, len(self))
 
     @property
     def cell_names(self) -> list[tuple[str, ...]]:
@@ -136,68 +248,194 @@ class Index:
             names = [(*name, value) for name in names for value in values]
         return names
 
+    def labels_of(self, rows: "Rows") -> Ints:
+        """Class of each of these rows, [B]."""
+        return self._at(self.label, rows)
 
-def open_index(folder: Path, generation: int | None = None) -> Index:
+    def cells_of(self, rows: "Rows") -> Ints:
+        """Cell of each of these rows, [B], as `cells` has it, and as costly as they are many."""
+        self._count_cells()
+        return self._cells([self._at(values, rows) for values in self.group], len(rows))
+
+    def samples(self, rows: Ints) -> Samples:
+        """What a loader needs to know of these rows, [B], and all of it leads to a place in a shard."""
+        names = ("shard", "offset", "length", "image_crc32c", "width", "height")
+        shard, start, length, *rest = (self._at(getattr(self, name), rows) for name in names)
+        if _outside(shard, len(self.shards)) or _leads_out(start, length, self._shard_sizes[shard]):
+            self.check(wait=True)
+        return Samples(self.labels_of(rows), self.cells_of(rows), shard, start, length, *rest)
+
+    def _at(self, values: NDArray[Any], rows: "Rows") -> Ints:
+        try:
+            return values[rows].astype(np.int64)
+        except IndexError:
+            self.check(wait=True)  # the row may come of an order that is damaged
+            raise
+
+    @cached_property
+    def _shard_sizes(self) -> Ints:
+        return np.array([shard.bytes for shard in self.manifest.shards], np.int64)
+
+    def _count_cells(self) -> int:
+        if (count := math.prod(map(len, self.group_values.values()))) > MOST_CELLS:
+            what = f"{len(self.group_values)} group columns have {count:,} intersections"
+            raise Refusal("The groups are too many:", [Fault(str(self.folder), what, "ingest fewer group columns")], 65)
+        return count
+
+    def _cells(self, groups: Iterable[NDArray[Any]], length: int) -> Ints:
+        cell = np.zeros(length, np.int64)
+        for values, names in zip(groups, self.group_values.values(), strict=True):
+            cell = cell * len(names) + values
+        return cell
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All rows of a split, in the order of the data set: a value that takes no memory, of which numpy makes the list
+    where one is needed."""
+
+    index: Index
+    split: int
+
+    def __len__(self) -> int:
+        return int(self.index.by_class.sizes[self.index.by_class.of(self.split)].sum())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Ints:
+        return self.index.rows_of(self.index.splits[self.split])
+
+
+Rows = Ints | Whole
+
+
+def open_index(folder: Path, generation: int | None = None, *, verifies: bool = True) -> Index:
     """The index of the newest generation of the data set in `folder`, or of an earlier one.
 
-    Raises Refusal (65) where a checksum does not agree, or index and manifest do not fit each other.
+    Raises Refusal (65) where a checksum does not agree, or index and manifest do not fit each other; of files above
+    `mapped.LARGE` bytes, `Index.check` does. Nothing is said of those where it does not verify, since another does.
     """
-    return index_of(folder, manifests.read(folder, generation))
+    return index_of(folder, manifests.read(folder, generation), verifies)
 
 
-def index_of(folder: Path, manifest: Manifest) -> Index:
-    path = folder / manifest.index.name
-    try:
-        content = manifests.content_of(path, manifest.index.bytes)
-        if hashlib.sha256(content).hexdigest() != manifest.index.sha256:
-            raise ValueError("is not as it was written")
-        table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
-        table.validate(full=True)
-        return _checked(folder, manifest, table)
-    except (OSError, ValueError, pa.ArrowException) as wrong:
-        fault = Fault(str(path), str(wrong), "restore it, or ingest again")
-        raise Refusal("The data set is damaged:", [fault], 65) from wrong
+def index_of(folder: Path, manifest: Manifest, verifies: bool = True) -> Index:
+    names = tuple(manifest.groups)
+    index = ArrowFile(folder / manifest.index.name, manifest.index, schema(names), "an index")
+    order = ArrowFile(folder / manifest.order.name, manifest.order, order_schema(names), "an order")
+    rows = manifest.index.rows
+    with order.blamed():
+        by_class, by_cell = _orders(order.batch, manifest)
 
+    def verify() -> None:
+        for file in (order, index):
+            file.verify()
+        with order.blamed():
+            if any(_outside(by_class.rows[part], rows) for part in slices(len(by_class.rows))):
+                raise ValueError("does not fit the manifest")
+        with index.blamed():
+            for part in slices(rows):
+                _check(column, part, manifest)
 
-def schema(group_names: tuple[str, ...]) -> pa.Schema:
-    """Of the index file."""
-    groups = [(f"group.{name}", pa.int32()) for name in group_names]
-    return pa.schema([("id", pa.string()), *groups, *FIELDS.items()])
-
-
-def _checked(folder: Path, manifest: Manifest, table: pa.Table) -> Index:
-    """The table as arrays, when each number in it leads to something; so a forged index is no crash later."""
-    if table.schema != schema(tuple(manifest.groups)):
-        raise ValueError("does not have the columns of an index")
-    if any(column.null_count for column in table.columns):
-        raise ValueError("has nulls")
-    column: dict[str, Any] = {name: table[name].to_numpy() for name in table.column_names if name != "id"}
-    groups = [column.pop(f"group.{name}") for name in manifest.groups]
-    sizes = np.array([shard.bytes for shard in manifest.shards], np.int64)
-    ranges = [
-        (column["label"], len(manifest.classes)),
-        (column["split"], len(manifest.splits)),
-        (column["shard"], len(manifest.shards)),
-        *((values, len(names)) for values, names in zip(groups, manifest.groups.values(), strict=True)),
-    ]
-    if len(table) != manifest.index.rows or any(len(v) and (v.min() < 0 or v.max() >= n) for v, n in ranges):
-        raise ValueError("does not fit the manifest")
-    start, length = column["offset"], column["length"].astype(np.int64)
-    if len(table) and not ((start >= 0) & (length >= 0) & (start <= sizes[column["shard"]] - length)).all():
-        raise ValueError("leads behind the end of a shard")
+    column: dict[str, Any] = {name: index.batch[name].to_numpy() for name in index.batch.schema.names if name != "id"}
+    aside = index.is_large or order.is_large
+    verification = Verification(verify if verifies or not aside else lambda: None, aside)
+    _, ends, text = index.batch["id"].buffers()
     return Index(
-        labels=column.pop("label").astype(np.int64),
-        groups=np.stack(groups, 1).astype(np.int64) if groups else np.zeros((len(table), 0), np.int64),
-        split=column.pop("split").astype(np.int64),
-        **column,
-        ids=table["id"],
+        label=column["label"],
+        group=tuple(column[f"group.{name}"] for name in names),
+        in_split=column["split"],
+        **{name: column[name] for name in FIELDS if name not in {"label", "split"}},
+        id_ends=np.frombuffer(ends, np.int64, rows + 1) if rows else np.zeros(1, np.int64),
+        id_text=np.frombuffer(text or b"", np.uint8),
+        by_class=by_class,
+        by_cell=by_cell,
         classes=manifest.classes,
         group_values=manifest.groups,
         splits=manifest.splits,
         shards=tuple(shard.name for shard in manifest.shards),
         folder=folder,
         fingerprint=manifest.fingerprint,
+        side=manifest.side,
+        manifest=manifest,
+        verification=verification,
     )
+
+
+def schema(group_names: tuple[str, ...]) -> pa.Schema:
+    """Of the index file."""
+    groups = [(f"group.{name}", pa.int32()) for name in group_names]
+    return pa.schema([("id", pa.large_string()), *groups, *FIELDS.items()])
+
+
+def order_schema(group_names: tuple[str, ...]) -> pa.Schema:
+    """Of the order file."""
+    groups = [(f"group.{name}", pa.int32()) for name in group_names]
+    return pa.schema([("split", pa.int16()), ("label", pa.int32()), *groups, ("rows", pa.large_list(pa.int64()))])
+
+
+def slices(length: int) -> Iterator[slice]:
+    """Of so many things, some at a time."""
+    return (slice(start, start + SLICE) for start in range(0, length, SLICE))
+
+
+def numbered(columns: Iterable[tuple[NDArray[Any], int]], length: int) -> Ints:
+    """A number for each of so many rows, in the order of their values in the columns; each of these is given with how
+    many values it may have."""
+    number, most = np.zeros(length, np.int64), 1
+    for values, count in columns:
+        number, most = number * count + values, most * count
+        if most > MOST_CELLS:
+            present, number = np.unique(number, return_inverse=True)
+            most = len(present)
+    return number
+
+
+def _orders(batch: pa.RecordBatch, manifest: Manifest) -> tuple[Order, Order]:
+    """By class and by cell, when each stratum in them is one, and all together have so many rows as there are."""
+    lists = batch["rows"]
+    names = [name for name in batch.schema.names if name != "rows"]
+    keys = np.stack([batch[name].to_numpy() for name in names], 1).astype(np.int64)
+    rows, ends = lists.values.to_numpy(), lists.offsets.to_numpy()
+    most = [len(manifest.splits), len(manifest.classes), *map(len, manifest.groups.values())]
+    cut = int(np.searchsorted(keys[:, -1] >= 0, True)) if manifest.groups else 0
+    parts = [(keys[:cut], ends[: cut + 1], most[:2]), (keys[cut:], ends[cut:], most)]
+    orders = [_order(*part, rows, manifest) for part in (parts if manifest.groups else parts[1:])]
+    if lists.values.null_count or ends[0] != 0 or ends[-1] != len(rows):
+        raise ValueError("does not fit the manifest")
+    return orders[0], orders[-1]
+
+
+def _order(keys: Ints, ends: Ints, most: list[int], rows: Ints, manifest: Manifest) -> Order:
+    counted, sizes = keys[:, : len(most)], np.diff(ends)
+    step = np.diff(keys, axis=0)
+    rises = step[np.arange(len(step)), (step != 0).argmax(1)] > 0
+    fits = ((counted >= 0) & (counted < most)).all() and (keys[:, len(most) :] == -1).all()
+    if not (fits and rises.all() and (sizes > 0).all() and sizes.sum() == manifest.index.rows):
+        raise ValueError("does not fit the manifest")
+    return Order(keys[:, 0], keys[:, 1], keys[:, 2:], ends[:-1], sizes, rows)
+
+
+def _outside(values: NDArray[Any], end: int) -> bool:
+    return bool(len(values) and (values.min() < 0 or values.max() >= end))
+
+
+def _leads_out(start: Ints, length: Ints, sizes: Ints) -> bool:
+    """Whether there is a range of bytes that is none of the shard of this size."""
+    return not ((start >= 0) & (length >= 0) & (start <= sizes - length)).all()
+
+
+def _check(column: dict[str, Any], part: slice, manifest: Manifest) -> None:
+    """Whether each number of these rows leads to something; so a forged index is no crash later."""
+    ends = {"label": len(manifest.classes), "split": len(manifest.splits), "shard": len(manifest.shards)}
+    ends |= {f"group.{name}": len(values) for name, values in manifest.groups.items()}
+    if any(_outside(column[name][part], end) for name, end in ends.items()):
+        raise ValueError("does not fit the manifest")
+    sizes = np.array([shard.bytes for shard in manifest.shards], np.int64)
+    start, length = column["offset"][part], column["length"][part].astype(np.int64)
+    if _leads_out(start, length, sizes[column["shard"][part]]):
+        raise ValueError("leads behind the end of a shard")
+    if side := manifest.side:
+        squares = (length == 3 * side**2) & (column["width"][part] == side) & (column["height"][part] == side)
+        if not squares.all():
+            raise ValueError(f"has rows that are not pixels of {side} x {side}")
 
 
 class Reader:
@@ -206,21 +444,24 @@ class Reader:
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self._handles: dict[int, _Handle] = {}
+        self._handles: dict[int, Handle] = {}
         self._opening = Lock()
-        names, cell = index.occurring_cells()
-        keys, self._tail = np.unique(cell * len(index.classes) + index.labels, return_inverse=True)
-        cells, labels = np.divmod(keys, len(index.classes))
-        self._tails = [tail(k, *names[c]) for k, c in zip(labels.tolist(), cells.tolist(), strict=True)]
-        ids = pa.concat_arrays([pa.array([], pa.large_string()), *index.ids.cast(pa.large_string()).chunks])
-        _, ends, text = ids.buffers()
-        self._id_ends, self._ids = memoryview(ends).cast("q"), text.to_pybytes() if text else b""
+        self._tail = lru_cache(TAILS)(partial(_tail_of, index))
+        # Not as Arrow scalars: while images are decoded, their code is in no cache, and takes longer than the checksum.
+        self._id_ends, self._ids = index.id_ends.data, index.id_text.data
 
     def read(self, row: int) -> bytes:
         """The image file of a row, after its checksum agrees."""
+        try:
+            return self._read(row)
+        except IndexError:
+            self.index.check(wait=True)  # its numbers may lead nowhere where it is damaged
+            raise
+
+    def _read(self, row: int) -> bytes:
         i, shard = self.index, int(self.index.shard[row])
         try:
-            handle = self._handles.get(shard) or self._open(shard)
+            handle = self.handle(shard)
             content = os.pread(handle.number, int(i.length[row]), int(i.offset[row]))
             what = "is not as it was written"
         except OSError as wrong:
@@ -228,23 +469,29 @@ class Reader:
                 raise
             content, what = b"", f"cannot be read: {os.strerror(wrong.errno or 0).lower()}"
         if not self.agrees(row, content):
+            i.check(wait=True)  # or the damage is that of the index
             where = i.folder / SHARDS / i.shards[shard]
-            fault = Fault(str(where), f"row {row} ({i.ids[row]}) {what}", "ingest again, or restore it")
+            fault = Fault(str(where), f"row {row} ({i.id_of(row)}) {what}", "ingest again, or restore it")
             raise DamagedRow("The data set is damaged:", [fault], 65)
         return content
 
     def agrees(self, row: int, content: bytes) -> bool:
         """Whether these bytes are the image of a row, by its checksum."""
-        # Not as an Arrow scalar: while images are decoded, its code is in no cache, and takes longer than the checksum.
+        i = self.index
         id_ = self._ids[self._id_ends[row] : self._id_ends[row + 1]]
-        return checksum(content, self._tails[self._tail[row]] + id_ + b"\0") == self.index.crc32c[row]
+        covered = self._tail(int(i.label[row]), *[int(values[row]) for values in i.group])
+        return checksum(content, b"".join((covered, id_, b"\0"))) == i.crc32c[row]
 
-    def _open(self, shard: int) -> "_Handle":
+    def handle(self, shard: int) -> Handle:
+        """The open file of a shard. Raises OSError."""
+        return self._handles.get(shard) or self._open(shard)
+
+    def _open(self, shard: int) -> Handle:
         with self._opening:
             if shard not in self._handles:
                 if len(self._handles) >= HANDLES:
                     del self._handles[next(iter(self._handles))]  # a thread that reads from it holds it still
-                self._handles[shard] = _Handle(self.index.folder / SHARDS / self.index.shards[shard])
+                self._handles[shard] = Handle(self.index.folder / SHARDS / self.index.shards[shard])
             return self._handles[shard]
 
     def close(self) -> None:
@@ -252,16 +499,8 @@ class Reader:
             self._handles.clear()
 
 
-class _Handle:
-    """An open file, which is closed when nobody holds it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self.number = -1
-        self.number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # nobody waits for a pipe
-
-    def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
+def _tail_of(index: Index, label: int, *values: int) -> bytes:
+    return tail(label, *(names[v] for names, v in zip(index.group_values.values(), values, strict=True)))
 
 
 def tail(label: int, *groups: str) -> bytes:

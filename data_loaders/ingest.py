@@ -24,7 +24,8 @@ from pydantic import NonNegativeInt
 from data_loaders import durable, manifest
 from data_loaders.faults import Fault, Refusal
 from data_loaders.index import FIELDS, Index, index_of, schema
-from data_loaders.manifest import SHARDS, WORK, File, Generation, Manifest
+from data_loaders.indexing import write
+from data_loaders.manifest import SHARDS, WORK, Generation, Manifest
 from data_loaders.plan import BATCH, Plan
 from data_loaders.progress import Progress, say
 from data_loaders.rejects import Cell, Rejects, uneven
@@ -38,8 +39,8 @@ Run = Callable[[Callable[[Task], Done], Iterable[Task]], Iterable[Done]]
 """Applies a function to every task, somewhere, and yields the results in order; takes few tasks ahead."""
 AHEAD = 2
 """Tasks for each process that wait or are done out of order."""
-INDEXED = 150
-"""Bytes that a row takes in the index, about."""
+INDEXED = 300
+"""Bytes that a row takes while the index is written, about."""
 SAMPLED = 64
 """Images whose sizes say how large the others are, where the disk is full before one is stored."""
 
@@ -69,6 +70,7 @@ def ingest(settings: Ingest, run: Run) -> Manifest:
     out = durable.lasting(settings.out, "out")
     with _writing(out) as former:
         held = _held(settings, former)
+        settings = settings.model_copy(update={"shards": _as_before(settings.shards, former)})
         classes = held.classes if held else settings.classes
         plan = Plan(out / WORK / "plan", settings.source, settings.splits, classes, held)
         with closing(plan.rejections):
@@ -166,9 +168,24 @@ def _held(settings: Ingest, former: Manifest | None) -> Index | None:
         what = f"was divided by {former.unit!r}" if former.unit else "was not divided by units"
         fix = f"set source.split_by={former.unit}" if former.unit else "leave source.split_by out"
         faults += [Fault(str(out), what, f"{fix}, or ingest all anew")]
+    elif _is_other(settings.shards, former.side):
+        what = f"stores pixels of {former.side} x {former.side}" if former.side else "stores image files"
+        fix = "leave shards.encoding, shards.side and shards.resize out, or ingest all anew"
+        faults += [Fault(str(out), what, fix)]
     if faults:
         raise Refusal("Nothing was written:", faults, 73)
     return index
+
+
+def _is_other(shards: Shards, side: int) -> bool:
+    """Whether another encoding is asked for than that of a data set with this side."""
+    asks = shards.encoding is not None or shards.resize is not None
+    return asks and (shards.side or 0) != side
+
+
+def _as_before(shards: Shards, former: Manifest | None) -> Shards:
+    """With the encoding of the data set that rows are added to."""
+    return shards.model_copy(update={"encoding": "raw", "side": former.side}) if former and former.side else shards
 
 
 def _unit(source: AnySource) -> str:
@@ -221,15 +238,17 @@ def _store(settings: Ingest, run: Run, plan: Plan, former: Manifest | None, held
     except OSError as wrong:
         what = wrong.strerror or str(wrong)
         if wrong.errno in durable.FULL:
-            each = stored / done if done else _bytes_of_an_image(settings.source, plan)
+            each = stored / done if done else _bytes_of_an_image(settings, plan)
             rows = plan.new + (former.index.rows if former else 0)
             what += f", some {each * (plan.new - done) + INDEXED * rows:,.0f} bytes more are needed"
         raise OSError(wrong.errno, what, wrong.filename) from wrong
 
 
-def _bytes_of_an_image(source: AnySource, plan: Plan) -> float:
+def _bytes_of_an_image(settings: Ingest, plan: Plan) -> float:
+    if settings.shards.side:
+        return 3 * settings.shards.side**2
     sizes = [0]
-    with source.reader() as read:
+    with settings.source.reader() as read:
         for row in plan.first(SAMPLED):
             with suppress(OSError, Unreadable):
                 sizes.append(len(read(row)))
@@ -291,14 +310,19 @@ def _publish(
         images.update(done.images)
     generation = former.generation + 1 if former else 1
     shards = (*(former.shards if former else ()), *(shard for done in dones for shard in done.shards))
+    tables = _index_tables(dones, groups, splits, held)
+    total, scratch = kept.total() + (len(held) if held else 0), settings.out / WORK / "plan"
+    index, order = write(settings.out, generation, names, tables, total, scratch)
     made = Manifest(
+        side=settings.shards.side or 0,
         generation=generation,
         history=(*former.history, _of(former)) if former else (),
         classes=plan.classes,
         groups=groups,
         splits=splits,
         unit=_unit(settings.source),
-        index=_write_index(settings.out, generation, dones, groups, splits, held),
+        index=index,
+        order=order,
         shards=shards,
         rows=rows,
         images=dict(sorted(images.items())),
@@ -312,45 +336,36 @@ def _of(former: Manifest) -> Generation:
     return Generation(generation=former.generation, fingerprint=former.fingerprint, rows=former.index.rows)
 
 
-def _write_index(
-    out: Path,
-    generation: int,
-    dones: list[Done],
-    groups: dict[str, tuple[str, ...]],
-    splits: tuple[str, ...],
-    held: Index | None,
-) -> File:
+def _index_tables(
+    dones: list[Done], groups: dict[str, tuple[str, ...]], splits: tuple[str, ...], held: Index | None
+) -> Iterator[pa.Table]:
+    """All rows: those that the data set held, and then those of the tasks."""
     codes = {name: {value: code for code, value in enumerate(values)} for name, values in groups.items()}
-    rows, shards = 0, len(held.shards) if held else 0
-    with (
-        durable.named_by_hash(out, f"index-g{generation}") as sink,
-        pa.ipc.new_file(pa.PythonFile(sink, "w"), schema(tuple(groups))) as writer,
-    ):
-        for table in _held_tables(held) if held else ():
-            writer.write_table(table)
-            rows += len(table)
-        for done in dones:
-            part = _part(done)
-            columns = {name: part[name].combine_chunks() for name in part.column_names}
-            columns["split"] = pa.array(np.full(len(part), splits.index(done.split), np.int16))
-            columns["shard"] = pa.array(part["shard"].to_numpy() + np.int32(shards))
-            for name, values in codes.items():
-                column = f"group.{name}"
-                columns[column] = pa.array([values[value] for value in part[column].to_pylist()], pa.int32())
-            writer.write_table(pa.table(columns, schema=schema(tuple(groups))))
-            rows, shards = rows + len(part), shards + len(done.shards)
-    return File(name=sink.path.name, rows=rows, bytes=sink.size, sha256=sink.sha256)
+    stored, shards = schema(tuple(groups)), len(held.shards) if held else 0
+    if held:
+        yield from _held_tables(held, stored)
+    for done in dones:
+        part = _part(done)
+        columns = {name: part[name].combine_chunks() for name in part.column_names}
+        columns["id"] = columns["id"].cast(pa.large_string())
+        columns["split"] = pa.array(np.full(len(part), splits.index(done.split), np.int16))
+        columns["shard"] = pa.array(part["shard"].to_numpy() + np.int32(shards))
+        for name, values in codes.items():
+            column = f"group.{name}"
+            columns[column] = pa.array([values[value] for value in part[column].to_pylist()], pa.int32())
+        yield pa.table(columns, schema=stored)
+        shards += len(done.shards)
 
 
-def _held_tables(held: Index) -> Iterator[pa.Table]:
+def _held_tables(held: Index, stored: pa.Schema) -> Iterator[pa.Table]:
     """The index of the generation before, as it is stored."""
-    for start in range(0, len(held.labels), BATCH):
+    ids = held.ids
+    for start in range(0, len(held), BATCH):
         part = slice(start, start + BATCH)
-        columns: dict[str, Any] = {"id": held.ids[part], "label": held.labels[part]}
-        columns |= {f"group.{name}": held.groups[part, a] for a, name in enumerate(held.group_values)}
-        columns |= {name: getattr(held, name)[part] for name in FIELDS if name != "label"}
-        stored = schema(tuple(held.group_values))
-        yield pa.table(columns).select(stored.names).cast(stored)
+        columns: dict[str, Any] = {"id": ids[part], "label": held.label[part], "split": held.in_split[part]}
+        columns |= {f"group.{name}": held.group[a][part] for a, name in enumerate(held.group_values)}
+        columns |= {name: getattr(held, name)[part] for name in FIELDS if name not in columns}
+        yield pa.table(columns, schema=stored)
 
 
 def _part(done: Done) -> pa.Table:

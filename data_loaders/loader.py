@@ -1,16 +1,18 @@
 """From rows to batches: read, check, decode, augment, in threads, a few batches ahead of the model.
 
 A batch is uint8; the device turns it into numbers. What a batch holds is a function of its positions alone, so neither
-the number of threads nor of workers changes it. Threads suffice: reading, decoding and resampling release the GIL.
+the number of threads, processes or workers changes it.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from time import perf_counter
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,20 +20,24 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
 from data_loaders import manifest
-from data_loaders.augment import AnyAugmentation, Standard, centred, rng
+from data_loaders.augment import AnyAugmentation, Standard, centred
+from data_loaders.crew import Begun, Crew, Loading
 from data_loaders.decode import Pixels, Undecodable, decode
-from data_loaders.faults import Fault
-from data_loaders.formats.header import PIXEL_CAP
-from data_loaders.index import DamagedRow, Index, Ints, Reader, open_index
-from data_loaders.manifest import SHARDS
+from data_loaders.faults import Fault, Refusal
+from data_loaders.images import CAUSES, Decoder, Encoded, Filled, Recipe
+from data_loaders.index import DamagedRow, Index, Ints, Rows, open_index
+from data_loaders.progress import say
 from data_loaders.sampler import AnySampler, Stratified
 from data_loaders.settings import Settings
 from data_loaders.shards import rejected
 from data_loaders.sources.rows import Rejected, Row, Source, Unreadable
 from data_loaders.splits import TRAIN
-from data_loaders.stream import Sampler, scramble
+from data_loaders.stream import Floats, Sampler, drawn, scramble
 
-T = TypeVar("T")
+MOST_AHEAD = 4
+"""Batches: more do not help, as long as a batch takes about as long as the one before it."""
+LOOKED_AT = 2**16
+"""Positions behind that of a damaged row that are searched for another of its class and groups."""
 
 
 class Data(Settings):
@@ -57,22 +63,46 @@ class Data(Settings):
     """What happens to a training image."""
     threads: PositiveInt = 2
     """Threads that load images, in each worker; changes the speed, never a batch."""
-    prefetch: PositiveInt = 4
-    """Batches loaded ahead."""
+    loading: Loading = "threads"
+    """Where images are made: in those threads, or in a process for each of them; changes the speed, never a batch."""
+    memory: PositiveInt = 512
+    """10^6 bytes, in each worker, that hold batches: the one that is learnt from and up to four ahead of it."""
+    decoder: Decoder = "auto"
+    """Of JPEG: auto is the native library where it was built, else Pillow; gpu is nvJPEG for training images, where
+    there is one. Their pixels may differ by a level or two, so the one that was used is kept with the run."""
+    cache: Path | None = None
+    """Folder on a disk of the machine that loads, for copies of shards that lie afar (on NFS, say): they are made in
+    the background, checked, shared by all workers there, and kept for the next run."""
+    damaged: Literal["stop", "skip"] = "stop"
+    """What to do with a training row that is not as it was written, or cannot be decoded: stop and name it, or take the
+    next row of the same class and groups, and count it. Evaluation always stops: it is of all rows, or of none."""
+    most_damaged: Annotated[float, Field(ge=0.0, le=1.0)] = 0.001
+    """Share of the rows of the data set that may be skipped, one row at least; more are a refusal all the same."""
 
     def index(self) -> Index:
         """Of the data set."""
         return open_index(self.path, self.generation)
 
-    def training_rows(self, index: Index) -> Ints:
+    def training_rows(self, index: Index) -> Rows:
         """Rows of the data set that are learnt from, in its order: of each class those of least checksum."""
-        rows = index.rows_of(self.train)
         if self.fraction == 1:
-            return rows
-        order = np.lexsort((scramble(index.crc32c[rows].astype(np.uint64)), index.labels[rows]))
-        sizes = np.bincount(index.labels[rows])
+            return index.whole(self.train)
+        rows = index.rows_of(self.train)
+        labels = index.labels_of(rows)
+        order = np.lexsort((scramble(index.crc32c[rows].astype(np.uint64)), labels))
+        sizes = np.bincount(labels)
         place = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return np.sort(rows[order[place < np.repeat(np.ceil(self.fraction * sizes), sizes)]])
+
+    def ahead(self, places: int) -> int:
+        """Batches of so many places that are loaded ahead: beside them, the memory holds the one that is learnt from
+        and the one that it is changed for. Raises Refusal where it has no room for one."""
+        each = places * self.size**2 * 3
+        if (room := self.memory * 10**6 // each - 2) < 1:
+            fix = f"set data.memory={-(-3 * each // 10**6)} or more, or a smaller data.batch"
+            what = f"{self.memory} MB hold less than three batches of {each / 1e6:,.1f} MB"
+            raise Refusal("Batches do not fit the memory:", [Fault("data.memory", what, fix)])
+        return min(room, MOST_AHEAD)
 
     def pinned(self, former: "Data | None" = None) -> "Data":
         """With a whole path and a generation: that of the run before, or the newest."""
@@ -85,7 +115,7 @@ class Batch(NamedTuple):
     """B images of one step on one worker; rows that are not valid only fill the last batch up."""
 
     images: NDArray[np.uint8]
-    """[B, 3, size, size], RGB."""
+    """[B, 3, size, size], RGB; in memory the channels of a pixel lie side by side (channels last)."""
     labels: Ints
     """[B]"""
     cells: Ints
@@ -94,42 +124,34 @@ class Batch(NamedTuple):
     """Rows of the data set, [B]."""
     valid: NDArray[np.bool_]
     """[B]"""
+    positions: Ints
+    """Of the stream, [B], in training; of evaluation, the rows."""
+    encoded: Encoded | None = None
+    """What a GPU is still to decode into `images`, with `data.decoder=gpu`."""
 
 
-def picture(reader: Reader, row: int) -> Pixels:
-    """The upright image of a row. Raises DamagedRow."""
-    return made_of(reader, row, decode)
+@dataclass
+class Costs:
+    """What loading has cost whoever takes the batches."""
 
+    waited: Floats = field(default_factory=lambda: np.zeros(len(CAUSES)))
+    """Seconds, [3], shared out by what the threads spent on the batches that were waited for."""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Damaged rows, and what is wrong with each."""
+    skips: list[tuple[int, int]] = field(default_factory=list)
+    """Cell and class of each place that another row took."""
 
-def made_of(reader: Reader, row: int, work: Callable[[bytes, int], T]) -> T:
-    """What `work` makes of the image file of a row and of the most pixels that it may have: the ingest may have had a
-    higher cap than the usual one. Raises DamagedRow, also where `work` raises Undecodable."""
-    content, index = reader.read(row), reader.index
-    try:
-        return work(content, max(PIXEL_CAP, index.most_pixels))
-    except Undecodable as wrong:
-        short = isinstance(wrong.__cause__, MemoryError)
-        fix = "give it more memory, or fewer threads" if short else "ingest again with shards.check=decode"
-        where = index.folder / SHARDS / index.shards[index.shard[row]]
-        fault = Fault(str(where), f"row {row} ({index.ids[row]}) {wrong}", fix)
-        raise DamagedRow("An image cannot be decoded:", [fault], 65) from wrong
+    def take_skips(self, cells: int, classes: int) -> Ints:
+        """How many places, [cells, classes], since the last call."""
+        counts = np.zeros((cells, classes), np.int64)
+        while self.skips:
+            counts[self.skips.pop()] += 1
+        return counts
 
 
 def ids_of(index: Index, rows: Ints) -> pa.Array:
-    """Ids of rows, [N], in their order; `large_string` only where they have more than 2 GiB of text.
-
-    Each chunk by itself: Arrow's own `take` joins all of them first, and its string has no room for more than that.
-    """
-    order = np.argsort(rows, kind="stable")
-    back = np.empty(len(rows), np.int64)
-    back[order] = np.arange(len(rows))
-    parts, start, done = [pa.array([], pa.large_string())], 0, 0
-    for chunk in index.ids.chunks:
-        stop = int(np.searchsorted(rows, start + len(chunk), sorter=order))
-        if stop > done:
-            parts.append(chunk.take(pa.array(rows[order[done:stop]] - start)).cast(pa.large_string()))
-        start, done = start + len(chunk), stop
-    found = pa.concat_arrays(parts).take(pa.array(back))
+    """Ids of rows, [N], in their order; `large_string` only where they have more than 2 GiB of text."""
+    found = index.ids.chunk(0).take(pa.array(rows))
     return found.cast(pa.string()) if found.nbytes < 2**31 else found
 
 
@@ -140,16 +162,30 @@ def cuts(batch: int, parts: int) -> list[range]:
 
 
 def training_batches(
-    index: Index, data: Data, sampler: Sampler, seed: int, steps: range, places: range | None = None
+    index: Index,
+    data: Data,
+    sampler: Sampler,
+    seed: int,
+    steps: range,
+    places: range | None = None,
+    *,
+    costs: Costs | None = None,
+    alters: bool = True,
+    pinned: bool = False,
 ) -> Generator[Batch]:
-    """The images at these places of the batch of every step; by default at all of them."""
+    """The images at these places of the batch of every step; by default at all of them.
+
+    Where it does not `alter` pixels, `data.augmentation.alter` of images and positions is still to be done, on a
+    device. `pinned` memory is that from which a GPU copies. Raises DamagedRow, or Refusal where too many rows are.
+    """
     at = np.asarray(places if places is not None else range(data.batch))
-    positions = (step * data.batch + at for step in steps)
-
-    def load(reader: Reader, row: int, position: int) -> Pixels:
-        return data.augmentation(picture(reader, row), data.size, rng(seed, position))
-
-    return _batches(index, data, ((sampler.rows(p), p, len(at)) for p in positions), load)
+    alters = alters and data.augmentation.alters
+    recipe = Recipe(data.size, data.decoder, data.augmentation, seed, data.cache, alters)
+    costs = costs or Costs()
+    mend = Mend(index, data, sampler, costs) if data.damaged == "skip" else None
+    return _batches(
+        index, data, drawn(sampler, (step * data.batch + at for step in steps)), len(at), recipe, costs, mend, pinned
+    )
 
 
 def exact_batches(index: Index, data: Data, rows: Ints, rank: int = 0, workers: int = 1) -> Generator[Batch]:
@@ -160,45 +196,109 @@ def exact_batches(index: Index, data: Data, rows: Ints, rank: int = 0, workers: 
     """
     starts = range(rank * data.batch, len(rows), workers * data.batch)
     parts = (rows[start : start + data.batch] for start in starts)
-
-    def load(reader: Reader, row: int, _: int) -> Pixels:
-        return centred(picture(reader, row), data.size)
-
-    return _batches(index, data, ((part, part, data.batch) for part in parts), load)
+    plan = ((part, part) for part in parts)
+    decoder = "auto" if data.decoder == "gpu" else data.decoder
+    return _batches(index, data, plan, data.batch, Recipe(data.size, decoder, cache=data.cache), Costs())
 
 
 def _batches(
     index: Index,
     data: Data,
-    plan: Iterator[tuple[Ints, Ints, int]],
-    load: Callable[[Reader, int, int], Pixels],
+    plan: Iterator[tuple[Ints, Ints]],
+    places: int,
+    recipe: Recipe,
+    costs: Costs,
+    mend: "Mend | None" = None,
+    pinned: bool = False,
 ) -> Generator[Batch]:
-    """For each (rows, key of each row, places to fill), the batch; `load` makes an image of a reader, row and key."""
-    cells = index.cells
-    with closing(Reader(index)) as reader, ThreadPoolExecutor(data.threads, "loader") as pool:
+    """For each (rows, positions), the batch of so many places."""
+    with closing(Crew(index, recipe, places, data.threads, data.loading, pinned)) as crew:
+        ahead = deque(crew.start(*item) for item in islice(plan, data.ahead(places)))
+        while ahead:
+            begun = ahead.popleft()
+            began = perf_counter()
+            filled = begun.wait()
+            _share_out(perf_counter() - began, filled, costs)
+            files = [file for done in filled for file in done.files]
+            for place, wrong in chain.from_iterable(done.damaged for done in filled):
+                if mend is None:
+                    raise wrong
+                files += [(place, file) for _, file in mend(crew, begun, place, wrong).files]
+            index.check()
+            ahead.extend(crew.start(*item) for item in islice(plan, 1))
+            yield _batch(index, begun.rows, begun.positions, begun.images, _encoded(index, recipe, begun, files))
+            del begun  # so that its memory is free as soon as whoever took the batch is done with it
+        index.check(wait=True)
 
-        def fill(images: NDArray[np.uint8], place: int, row: int, key: int) -> None:
-            images[place] = load(reader, row, key).transpose(2, 0, 1)
 
-        def start(rows: Ints, keys: Ints, places: int) -> tuple[list[Future[None]], Batch]:
-            images = np.zeros((places, 3, data.size, data.size), np.uint8)
-            n, numbers = len(rows), np.zeros((3, places), np.int64)
-            numbers[:, :n] = index.labels[rows], cells[rows], rows
-            batch = Batch(images, numbers[0], numbers[1], numbers[2], np.arange(places) < n)
-            spans = zip(rows.tolist(), keys.tolist(), strict=True)
-            return [pool.submit(fill, images, place, *span) for place, span in enumerate(spans)], batch
+def _encoded(index: Index, recipe: Recipe, begun: Begun, files: list[tuple[int, bytes]]) -> Encoded | None:
+    if not files:
+        return None
+    places = [place for place, _ in files]
+    samples = index.samples(begun.rows)
+    placing = recipe.placing(samples.width, samples.height, begun.positions)
+    return Encoded(begun.rows[places].tolist(), places, [file for _, file in files], placing)
 
-        ahead = deque(start(*item) for item in islice(plan, data.prefetch))
-        try:
-            while ahead:
-                futures, batch = ahead.popleft()
-                for future in futures:
-                    future.result()
-                ahead.extend(start(*item) for item in islice(plan, 1))
-                yield batch
-        finally:
-            for future in chain.from_iterable(futures for futures, _ in ahead):
-                future.cancel()
+
+def _batch(index: Index, rows: Ints, positions: Ints, images: NDArray[np.uint8], encoded: Encoded | None) -> Batch:
+    n, numbers = len(rows), np.zeros((4, len(images)), np.int64)
+    numbers[:, :n] = index.labels_of(rows), index.cells_of(rows), rows, positions
+    valid = np.arange(len(images)) < n
+    return Batch(images.transpose(0, 3, 1, 2), numbers[0], numbers[1], numbers[2], valid, numbers[3], encoded)
+
+
+def _share_out(seconds: float, filled: list[Filled], costs: Costs) -> None:
+    spent = np.sum([done.seconds for done in filled], axis=0)
+    costs.waited += seconds * spent / max(spent.sum(), 1e-9)
+
+
+@dataclass(frozen=True)
+class Mend:
+    """Puts another row of the same class and groups in the place of a damaged one: the next such row of the stream, so
+    that a resume, or other workers, find the same."""
+
+    index: Index
+    data: Data
+    sampler: Sampler
+    costs: Costs
+
+    def __call__(self, crew: Crew, begun: Begun, place: int, wrong: DamagedRow) -> Filled:
+        """Puts row and image in the place. Raises what is wrong where no row of the kind is left."""
+        row, position = int(begun.rows[place]), int(begun.positions[place])
+        self._note(row, wrong)
+        (label,), (cell,) = self.index.labels_of(begun.rows[[place]]), self.index.cells_of(begun.rows[[place]])
+        self.costs.skips.append((int(cell), int(label)))
+        for other in self._others(row, position):
+            if other not in self.costs.skipped:
+                done = crew.fill(other, position, begun.images[place])
+                if not done.damaged:
+                    begun.rows[place] = other
+                    return done
+                self._note(other, done.damaged[0][1])
+        raise wrong
+
+    def _note(self, row: int, wrong: DamagedRow) -> None:
+        if row in self.costs.skipped:
+            return
+        self.costs.skipped[row] = str(wrong.faults[0])
+        say(f"skipping {wrong.faults[0]}")
+        found, most = len(self.costs.skipped), max(1, int(self.data.most_damaged * len(self.index)))
+        if found > most:
+            what = f"{found} damaged rows were met, and data.most_damaged lets {most} be skipped"
+            fix = "run `python -m jobs.verify` and restore the data set, or raise the ceiling"
+            raise Refusal("Too many rows are damaged:", [Fault(str(self.index.folder), what, fix)], 65)
+
+    def _others(self, row: int, position: int) -> Iterator[int]:
+        """Rows of the class and cell of a row, in the order in which they stand behind a position."""
+        index, seen = self.index, {row}
+        (label,), (cell,) = index.labels_of(np.array([row])), index.cells_of(np.array([row]))
+        for start in range(position + 1, position + 1 + LOOKED_AT, 1024):
+            rows = self.sampler.rows(np.arange(start, start + 1024))
+            of_kind = (index.labels_of(rows) == label) & (index.cells_of(rows) == cell)
+            for other in rows[of_kind].tolist():
+                if other not in seen:
+                    seen.add(other)
+                    yield other
 
 
 def file_batches(

@@ -15,13 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
 
-FORMAT, VERSION = "evenkeel-dataset", 2
+FORMAT, VERSION = "evenkeel-dataset", 3
 NAME = "dataset.json"
 SHARDS, GENERATIONS, WORK = "shards", "generations", ".ingest"
 """Folders in a data set; WORK is that of an ingest under way."""
 SIZE_CAP = 2**30
+MOST_SIDE = 1024
+"""Pixels, of a square that is stored as such."""
 OWN = {
-    ".": r"index-g\d+-[0-9a-f]{8}\.arrow|\.(index-g\d+|dataset\.json|rejected\.csv)\.\d+\.tmp",
+    ".": r"(index|order)-g\d+-[0-9a-f]{8}\.arrow|\.((index|order)-g\d+|dataset\.json|rejected\.csv)\.\d+\.tmp",
     SHARDS: r"\.?\w[\w.-]*-g\d+-\d{5,}-\d{2,}(-[0-9a-f]{8}\.arrow|\.\d+\.tmp)",
     GENERATIONS: r"\.?\d{6,}\.json(\.\d+\.tmp)?",
     f"{WORK}/parts": ".*",
@@ -69,7 +71,7 @@ class Manifest(Part):
     """A generation of a data set."""
 
     format: Literal["evenkeel-dataset"] = FORMAT
-    version: Literal[2] = VERSION
+    version: Literal[3] = VERSION
     generation: PositiveInt
     fingerprint: str = ""
     """Hash (16 hex digits) of what the rows are and where they lie."""
@@ -82,7 +84,11 @@ class Manifest(Part):
     splits: tuple[str, ...]
     unit: str = ""
     """What is never divided between splits; empty where each row is alone."""
+    side: Annotated[int, Field(ge=0, le=MOST_SIDE)] = 0
+    """Height and width, in pixels, of images that are stored as pixels; 0 where they are files."""
     index: File
+    order: File
+    """Which rows are of which split, class and groups."""
     shards: tuple[File, ...]
     rows: dict[str, dict[str, NonNegativeInt]]
     """Split -> class -> rows."""
@@ -219,7 +225,7 @@ def sweep(folder: Path, kept: list[Manifest]) -> dict[Path, int]:
 
 def unnamed(folder: Path, kept: list[Manifest]) -> Iterator[Path]:
     """Files that an ingest may have written and that these generations do not name."""
-    named = {copy_of(folder, m.generation) for m in kept} | {folder / m.index.name for m in kept}
+    named = {copy_of(folder, m.generation) for m in kept} | {folder / f.name for m in kept for f in (m.index, m.order)}
     named |= {folder / SHARDS / shard.name for m in kept for shard in m.shards}
     for where, names in OWN.items():
         for path in sorted((folder / where).glob("*")):

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
-from numpy.typing import NDArray
 
 from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
@@ -162,7 +161,7 @@ class Plan:
         what = wrong.strerror or str(wrong)
         if wrong.errno in durable.FULL:
             rows = sum(isinstance(item, Row) for item in self._source.rows())
-            rows += len(self._held.labels) if self._held else 0
+            rows += len(self._held) if self._held else 0
             what += f", the list of {rows:,} rows takes some {rows * each:,.0f} bytes"
         return OSError(wrong.errno, what, wrong.filename or str(self._folder))
 
@@ -199,12 +198,13 @@ class Plan:
         held = self._held
         if held is None:
             return
-        values, rows = list(held.group_values.values()), len(held.labels)
+        values, rows = list(held.group_values.values()), len(held)
         for start in range(0, rows, BATCH):
             part = slice(start, start + BATCH)
             keys: list[tuple[int, int, int, int, int, bool]] = []
-            columns = (held.ids[part].to_pylist(), *(c[part].tolist() for c in (held.labels, held.groups, held.split)))
-            for number, (name, label, groups, split) in enumerate(zip(*columns, strict=True), start - rows):
+            columns = (c[part].tolist() for c in (held.label, held.in_split, *held.group))
+            listed = zip(held.ids[part].to_pylist(), *columns, strict=True)
+            for number, (name, label, split, *groups) in enumerate(listed, start - rows):
                 cell = (held.classes[label], *(values[a][v] for a, v in enumerate(groups)))
                 keys.append((self._splits.place(name), _about(name, cell), number, -1, split, False))
             yield np.array(keys, KEY)
@@ -281,10 +281,10 @@ class Plan:
     def _held_row(self, number: int) -> Row:
         held = self._held
         assert held is not None
-        values = zip(held.group_values.values(), held.groups[number].tolist(), strict=True)
-        groups = tuple(names[value] for names, value in values)
-        name = held.ids[number + len(held.labels)].as_py()
-        return Row(HELD, name, held.classes[held.labels[number]], groups, held.splits[held.split[number]])
+        values = zip(held.group_values.values(), held.group, strict=True)
+        groups = tuple(names[of[number]] for names, of in values)
+        name = held.id_of(number + len(held))
+        return Row(HELD, name, held.classes[held.label[number]], groups, held.splits[held.in_split[number]])
 
     def _draw(self, sizes: Ints) -> tuple[dict[str, str], dict[int, list[tuple[int, str]]]]:
         """Split of each unit; and of each stratum, the last hash that goes to each split but the last."""
@@ -366,22 +366,19 @@ def _about(name: str, cell: Cell) -> int:
 def _held_units(held: Index) -> dict[int, str]:
     """Hash of each unit of a data set -> its split."""
     units, first = np.unique(held.unit, return_index=True)
-    return {u: held.splits[s] for u, s in zip(units.tolist(), held.split[first].tolist(), strict=True) if u}
+    return {u: held.splits[s] for u, s in zip(units.tolist(), held.in_split[first].tolist(), strict=True) if u}
 
 
 def _held_counts(held: Index, shares: dict[str, float]) -> dict[Cell, dict[str, int]]:
     """Class and groups -> split that is drawn -> rows of a data set."""
     values, counts = list(held.group_values.values()), dict[Cell, dict[str, int]]()
-    cells = np.column_stack([held.split, held.labels, held.groups])
-    for (split, label, *groups), rows in zip(*_rows(np.unique(cells, axis=0, return_counts=True)), strict=True):
+    order = held.by_cell
+    columns = (column.tolist() for column in (order.sizes, order.split, order.label, *order.groups.T))
+    for rows, split, label, *groups in zip(*columns, strict=True):
         if held.splits[split] in shares:
             cell = (held.classes[label], *(values[a][v] for a, v in enumerate(groups)))
             counts.setdefault(cell, {})[held.splits[split]] = rows
     return counts
-
-
-def _rows(found: tuple[NDArray[np.int64], NDArray[np.int64]]) -> tuple[list[list[int]], list[int]]:
-    return found[0].tolist(), found[1].tolist()
 
 
 def _spellings(counts: Counter[str], classes: tuple[str, ...]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from PIL import Image
 from pydantic import Field, PositiveInt
 
-from data_loaders.decode import load, pillow, pixels_of, upright
+from data_loaders.decode import Pixels, load, pillow, pixels_of, upright
 from data_loaders.formats.header import PIXEL_CAP
 from data_loaders.formats.read import read_header
 from data_loaders.settings import Settings
@@ -15,6 +15,13 @@ OVERSAMPLED = 2
 """A JPEG is decoded at a fraction of its size if that is still so many times the size wanted."""
 OPTIONS = {"jpeg": {}, "webp": {"method": 4}, "png": {"compress_level": 6}}
 """Of the encoders, beside the quality: named, so that bytes do not change with Pillow's defaults."""
+
+
+def png(pixels: Pixels) -> bytes:
+    """A file of exactly these pixels; one version of Pillow always writes the same bytes."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png", **OPTIONS["png"])
+    return file.getvalue()
 
 
 class Resize(Settings):

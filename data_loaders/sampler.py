@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from data_loaders.faults import Fault, Refusal
-from data_loaders.index import MOST_CELLS, Index, Ints
+from data_loaders.index import Index, Ints, Rows, Whole, numbered
 from data_loaders.settings import Fraction, Settings, nearest
 from data_loaders.stream import (
     Floats,
@@ -38,14 +38,14 @@ class Mix(Settings):
     """What all samplers have whose mix never changes."""
 
     @abstractmethod
-    def divided(self, index: Index, rows: Ints) -> Strata:
+    def divided(self, index: Index, rows: Rows) -> Strata:
         """These rows of the data set in their strata. Raises Refusal where the data have no such strata."""
 
     @abstractmethod
     def weights(self, strata: Strata, index: Index) -> Floats:
         """How often each stratum is drawn, [S], up to a factor."""
 
-    def over(self, index: Index, rows: Ints, seed: int, positions: int | None = None) -> TicketSampler:
+    def over(self, index: Index, rows: Rows, seed: int, positions: int | None = None) -> TicketSampler:
         """The stream over these rows of the data set. `positions`, those of the whole run, change nothing."""
         strata = self.divided(index, rows)
         return TicketSampler(strata, tickets(self.weights(strata, index), len(rows)), seed)
@@ -59,7 +59,7 @@ class Divided(Mix):
     columns: tuple[str, ...] = ()
     """Group columns that count for `by`; by default all, intersected."""
 
-    def divided(self, index: Index, rows: Ints) -> Strata:
+    def divided(self, index: Index, rows: Rows) -> Strata:
         return _divided(index, rows, self.by, self.columns)
 
 
@@ -89,7 +89,7 @@ class Undersampled(Divided):
     def weights(self, strata: Strata, index: Index) -> Floats:
         return np.ones(len(strata.sizes))
 
-    def over(self, index: Index, rows: Ints, seed: int, positions: int | None = None) -> TicketSampler:
+    def over(self, index: Index, rows: Rows, seed: int, positions: int | None = None) -> TicketSampler:
         stream = super().over(index, rows, seed)
         if self.redraw:
             return replace(stream, lap=self._most(stream.strata))
@@ -101,8 +101,7 @@ class Undersampled(Divided):
     def kept(self, strata: Strata, seed: int) -> Strata:
         """Of the rows that a walk of its own through each stratum meets first."""
         sizes = strata.sizes
-        place = np.arange(len(strata.rows)) - np.repeat(strata.first, sizes)  # of each row within its stratum
-        place = permute(place, np.repeat(sizes, sizes), seed, KEEP, np.repeat(np.arange(len(sizes)), sizes))
+        place = permute(strata.places, np.repeat(sizes, sizes), seed, KEEP, np.repeat(np.arange(len(sizes)), sizes))
         return strata.only(place < np.repeat(self._most(strata), sizes))
 
     def _most(self, strata: Strata) -> Ints:
@@ -144,7 +143,7 @@ class GroupConditional(Mix):
     temper: float = Field(default=1.0, ge=0.0, le=1.0)
     """Classes are drawn in proportion to (their size) ** temper: 1 keeps the natural mix, 0 balances them."""
 
-    def divided(self, index: Index, rows: Ints) -> Strata:
+    def divided(self, index: Index, rows: Rows) -> Strata:
         return _divided(index, rows, "label_and_group", self.columns)
 
     def weights(self, strata: Strata, index: Index) -> Floats:
@@ -162,12 +161,13 @@ class Joint(Mix):
     """Class -> group -> its share, up to a common factor; one that is left out is never drawn. A group of several
     columns is called by its values, as in "home, phone"."""
 
-    def divided(self, index: Index, rows: Ints) -> Strata:
+    def divided(self, index: Index, rows: Rows) -> Strata:
         return _divided(index, rows, "label_and_group", self.columns)
 
     def weights(self, strata: Strata, index: Index) -> Floats:
         used = _columns(index, self.columns)
-        values = index.groups[strata.rows[strata.first]][:, [column for column, _ in used]]
+        some = strata.rows[strata.first]  # one of each stratum
+        values = np.stack([index.group[column][some] for column, _ in used], 1)
         groups = [", ".join(names[v] for (_, names), v in zip(used, row, strict=True)) for row in values.tolist()]
         cells = list(zip([index.classes[k] for k in strata.label.tolist()], groups, strict=True))
         known = {", ".join(names) for names in product(*(names for _, names in used))}
@@ -208,7 +208,7 @@ class Progressive(Settings):
     columns: tuple[str, ...] = ()
     """Group columns that count for `by`; by default all, intersected."""
 
-    def over(self, index: Index, rows: Ints, seed: int, positions: int | None = None) -> Schedule:
+    def over(self, index: Index, rows: Rows, seed: int, positions: int | None = None) -> Schedule:
         """The stream of a run of so many positions over these rows; each epoch draws as often as there are rows. Less
         than half an epoch at the end belongs to the one before."""
         epochs = max(1, round(_known(positions, self.kind) / len(rows)))
@@ -235,7 +235,7 @@ class Deferred(Settings):
     after: Fraction = 0.8
     """Share of the run that is drawn from the first mix."""
 
-    def over(self, index: Index, rows: Ints, seed: int, positions: int | None = None) -> Schedule:
+    def over(self, index: Index, rows: Rows, seed: int, positions: int | None = None) -> Schedule:
         """The stream of a run of so many positions over these rows."""
         change = int(self.after * _known(positions, self.kind))
         firsts = (0, change) if change else (0,)
@@ -253,23 +253,42 @@ def _known(positions: int | None, kind: str) -> int:
     return positions
 
 
-def _divided(index: Index, rows: Ints, by: By, columns: tuple[str, ...]) -> Strata:
+def _divided(index: Index, rows: Rows, by: By, columns: tuple[str, ...]) -> Strata:
     """These rows in the strata that occur, in the order of their groups, and of their classes within.
 
     Raises Refusal where there is no such column, or a class has no row.
     """
-    absent = np.bincount(index.labels[rows], minlength=len(index.classes)) == 0
-    _refuse_lost(index, absent, Fault("data", "no training row of", "add images of it"), 65)
+    _refuse_lost(index, _sizes(index, rows) == 0, Fault("data", "no training row of", "add images of it"), 65)
     groups = _columns(index, columns) if by != "label" or columns else []
-    used = [(index.groups[:, c], len(names)) for c, names in groups] if by != "label" else []
-    used += [(index.labels, len(index.classes))] if by != "group" else []
-    number, most = np.zeros(len(rows), np.int64), 1
-    for values, count in used:
-        number, most = number * count + values[rows], most * count
-        if most > MOST_CELLS:
-            number, most = np.unique(number, return_inverse=True)[1], len(rows)
+    if isinstance(rows, Whole) and (by == "label" or (by == "label_and_group" and _is_all(index, groups))):
+        return _stored(index, rows, by)
+    listed = np.asarray(rows)
+    used = [(index.group[c], len(names)) for c, names in groups] if by != "label" else []
+    used += [(index.label, len(index.classes))] if by != "group" else []
+    number = numbered([(values[listed], count) for values, count in used], len(listed))
     occurs = np.bincount(number) > 0
-    return Strata.of(rows, (np.cumsum(occurs) - 1)[number], index.labels, len(index.classes))
+    return Strata.of(listed, (np.cumsum(occurs) - 1)[number], index.label, len(index.classes))
+
+
+def _sizes(index: Index, rows: Rows) -> Ints:
+    """Rows of each class, [K]."""
+    if isinstance(rows, Whole):
+        return index.class_sizes(rows)
+    return np.bincount(index.label[rows], minlength=len(index.classes))
+
+
+def _is_all(index: Index, groups: list[tuple[int, tuple[str, ...]]]) -> bool:
+    """Whether these are all group columns, in their order."""
+    return [column for column, _ in groups] == list(range(len(index.group_values)))
+
+
+def _stored(index: Index, rows: Whole, by: By) -> Strata:
+    """The same strata as the data set has them: in memory are the strata, but none of their rows."""
+    order = index.by_class if by == "label" else index.by_cell
+    of, k = order.of(rows.split), len(index.classes)
+    first, sizes, label = order.first[of], order.sizes[of], order.label[of]
+    turn = np.lexsort((label, *order.groups[of].T[::-1]))  # by the first group column, and by class at last
+    return Strata(order.rows, first[turn], sizes[turn], label[turn], True, index.label, k)
 
 
 def _columns(index: Index, columns: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:

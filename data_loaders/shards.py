@@ -1,7 +1,7 @@
 """Writes rows as shards: Arrow IPC files that Hugging Face, polars, pandas and pyarrow read as they are.
 
-Columns: id, image {bytes, path}, label, one string column for each group, crc32c. The name holds the file's hash, so a
-shard is never rewritten; where each image lies in the file goes to the index.
+Columns: id, image {bytes, path} or image [side * side * 3] of pixels, label, one string column for each group, crc32c.
+The name holds the file's hash, so a shard is never rewritten; where each image lies in the file goes to the index.
 """
 
 import hashlib
@@ -12,20 +12,21 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from data_loaders import durable
-from data_loaders.decode import PIXEL_CAP, Undecodable
+from data_loaders.augment import centred
+from data_loaders.decode import PIXEL_CAP, Pixels, Undecodable, decode
 from data_loaders.examine import Check, Seen, examine
 from data_loaders.faults import Fault, Refusal
 from data_loaders.index import FIELDS, Ints, tail, tail_id
-from data_loaders.manifest import SHARDS, WORK, File
+from data_loaders.manifest import MOST_SIDE, SHARDS, WORK, File
 from data_loaders.recode import Resize
 from data_loaders.settings import Settings, digest
 from data_loaders.sources.rows import Rejected, Row, Source, Unreachable, Unreadable
@@ -37,15 +38,30 @@ class Shards(Settings):
     """How images are checked and stored."""
 
     check: Check = "decode"
-    """decode finds every broken image, and takes its perceptual hash; header trusts all but its size and its end."""
+    """decode finds every broken image, and takes its perceptual hash; header trusts all but its size and its end. An
+    image that is stored as pixels is decoded in any case."""
     pixel_cap: PositiveInt = PIXEL_CAP
     """Images that claim more pixels are rejected before they are decoded."""
     resize: Resize | None = None
     """Makes images smaller, and of one format; without it, they are stored byte for byte."""
+    encoding: Literal["file", "raw"] | None = None
+    """file stores JPEG, PNG and WebP as they are; raw stores pixels, which need no decoding and, of small images,
+    little more room: the largest centred square in RGB, as evaluation sees it. By default that of the data set that
+    rows are added to, or file."""
+    side: Annotated[int, Field(gt=0, le=MOST_SIDE)] | None = None
+    """Height and width, in pixels, of what raw stores, 1,024 at most; an image of that shape is kept exactly."""
     rows: PositiveInt = 4096
     """Most rows that one worker takes at a time, and most in a shard."""
     megabytes: Annotated[int, Field(gt=0, le=1024)] = 64
     """Image bytes in a shard, in 10^6; the last image may exceed them."""
+
+    @model_validator(mode="after")
+    def _one_encoding(self) -> "Shards":
+        if (self.encoding == "raw") != (self.side is not None):
+            raise ValueError("encoding=raw needs a side (side=32, say), and only raw has one")
+        if self.side and self.resize:
+            raise ValueError("encoding=raw resamples every image to its side, so resize has nothing to do: name one")
+        return self
 
 
 @dataclass(frozen=True)
@@ -137,10 +153,17 @@ class _Open:
     def bytes(self) -> int:
         return self._ends[-1]
 
-    def images(self) -> pa.Array:
-        """Valid until the next row is added. Ends with the last one: what lies behind would be stored as padding."""
-        buffers = [None, pa.py_buffer(np.array(self._ends, np.int32)), pa.py_buffer(self._images[: self.bytes])]
-        return pa.Array.from_buffers(pa.binary(), len(self.rows), buffers)
+    def images(self, ids: pa.Array, side: int) -> pa.Array:
+        """The column. Valid until the next row is added. Ends with the last one: what lies behind would be stored as
+        padding."""
+        content = pa.py_buffer(self._images[: self.bytes])
+        if side:
+            return pa.FixedSizeListArray.from_arrays(
+                pa.Array.from_buffers(pa.uint8(), self.bytes, [None, content]), type=image_type(side)
+            )
+        buffers = [None, pa.py_buffer(np.array(self._ends, np.int32)), content]
+        files = pa.Array.from_buffers(pa.binary(), len(self.rows), buffers)
+        return pa.StructArray.from_arrays([files, ids], names=["bytes", "path"])
 
 
 def _write(task: Task) -> Done:
@@ -206,9 +229,18 @@ def _files(task: Task) -> str:
 
 def _image(shards: Shards, read: Callable[[Row], bytes], row: Row) -> tuple[bytes, Seen]:
     content = read(row)
+    if shards.side:
+        pixels, seen = squared(content, shards.side, shards.pixel_cap)
+        return pixels.tobytes(), seen
     if shards.resize:
         content = shards.resize(content, shards.pixel_cap)
     return content, examine(content, shards.pixel_cap, shards.check)
+
+
+def squared(content: bytes, side: int, pixel_cap: int = PIXEL_CAP) -> tuple[Pixels, Seen]:
+    """Pixels [side, side, 3] of an image file, and what is learnt of it. Raises Undecodable."""
+    seen = examine(content, pixel_cap)
+    return centred(decode(content, pixel_cap), side), seen._replace(width=side, height=side)
 
 
 def _write_shard(task: Task, number: int, filled: _Open) -> tuple[File, pa.Table]:
@@ -222,10 +254,10 @@ def _write_shard(task: Task, number: int, filled: _Open) -> tuple[File, pa.Table
     ]
     ids = pa.array([row.id for row in rows], pa.string())
     groups = {name: pa.array([row.groups[a] for row in rows], pa.string()) for a, name in enumerate(task.group_names)}
-    image = pa.StructArray.from_arrays([filled.images(), ids], names=["bytes", "path"])
-    columns = {"id": ids, "image": image, "label": pa.array(labels, pa.int64()), **groups}
+    side = task.shards.side or 0
+    columns = {"id": ids, "image": filled.images(ids, side), "label": pa.array(labels, pa.int64()), **groups}
     table = pa.table({**columns, "crc32c": pa.array(sums, pa.uint32())}).replace_schema_metadata(
-        hugging_face(task.classes, task.group_names)
+        hugging_face(task.classes, task.group_names, side)
     )
     stem = f"{task.split}-g{task.generation}-{task.number:05d}-{number:02d}"
     with (
@@ -233,7 +265,7 @@ def _write_shard(task: Task, number: int, filled: _Open) -> tuple[File, pa.Table
         pa.ipc.new_file(pa.PythonFile(sink, "w"), table.schema) as writer,
     ):
         writer.write_table(table, max_chunksize=BATCH_ROWS)
-    offset, length = _places(sink.path)
+    offset, length = _places(sink.path, side)
     index: dict[str, Any] = {"id": ids, **{f"group.{name}": values for name, values in groups.items()}}
     index |= {"label": labels, "split": [0] * len(rows), "shard": [number] * len(rows)}
     index |= {"offset": offset, "length": length, "crc32c": sums, "image_crc32c": plain}
@@ -248,38 +280,50 @@ def unit_hash(unit: str) -> int:
     return int.from_bytes(hashlib.blake2b(unit.encode(), digest_size=8).digest(), "little") if unit else 0
 
 
-def shard_schema(group_names: Iterable[str]) -> pa.Schema:
+def image_type(side: int) -> pa.DataType:
+    """Of the column `image`: a file with its id, or with a `side` pixels, row by row from the top. Not Arrow's own type
+    of tensors: `datasets` refuses files that have one."""
+    return pa.list_(pa.uint8(), 3 * side**2) if side else pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def shard_schema(group_names: Iterable[str], side: int) -> pa.Schema:
     """Of a shard, without metadata."""
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    image = image_type(side)
     groups = [(name, pa.string()) for name in group_names]
     return pa.schema([("id", pa.string()), ("image", image), ("label", pa.int64()), *groups, ("crc32c", pa.uint32())])
 
 
-def hugging_face(classes: tuple[str, ...], group_names: Iterable[str]) -> dict[str, str]:
+def hugging_face(classes: tuple[str, ...], group_names: Iterable[str], side: int) -> dict[str, str]:
     """Schema metadata by which `datasets` knows the image column and the names of the classes."""
-    return {"huggingface": json.dumps({"info": {"features": features(classes, group_names)}})}
+    return {"huggingface": json.dumps({"info": {"features": features(classes, group_names, side)}})}
 
 
-def features(classes: tuple[str, ...], group_names: Iterable[str]) -> dict[str, Any]:
+def features(classes: tuple[str, ...], group_names: Iterable[str], side: int) -> dict[str, Any]:
     """The columns as `datasets` describes them."""
     text = {"dtype": "string", "_type": "Value"}
     label = {"names": list(classes), "_type": "ClassLabel"}
     groups = dict.fromkeys(group_names, text)
-    return {"id": text, "image": {"_type": "Image"}, "label": label, **groups, "crc32c": {**text, "dtype": "uint32"}}
+    pixels = {"feature": {**text, "dtype": "uint8"}, "length": 3 * side**2, "_type": "Sequence"}
+    image = pixels if side else {"_type": "Image"}
+    return {"id": text, "image": image, "label": label, **groups, "crc32c": {**text, "dtype": "uint32"}}
 
 
-def _places(path: Path) -> tuple[Ints, Ints]:
-    """First byte and length of every image: the address of its buffer less that of the mapped file."""
+def places_in(images: pa.Array, start: int, side: int) -> tuple[Ints, Ints]:
+    """First byte and length of every image of a column, of a file that lies in memory from `start` on."""
+    if side:
+        first = images.buffers()[-1].address - start
+        return first + 3 * side**2 * (images.offset + np.arange(len(images))), np.full(len(images), 3 * side**2)
+    _, ends, values = images.field("bytes").buffers()
+    ends = np.frombuffer(ends, np.int32)[images.offset : images.offset + len(images) + 1].astype(np.int64)
+    return values.address - start + ends[:-1], np.diff(ends)
+
+
+def _places(path: Path, side: int) -> tuple[Ints, Ints]:
+    """Of every image of a shard, without reading it."""
     with pa.memory_map(str(path)) as file:
         start = file.read_buffer().address
         file.seek(0)
         reader = pa.ipc.open_file(file)
-        offset: list[Ints] = []
-        length: list[Ints] = []
-        for number in range(reader.num_record_batches):
-            content = reader.get_batch(number).column("image").field("bytes")
-            _, ends, values = content.buffers()
-            ends = np.frombuffer(ends, np.int32)[content.offset : content.offset + len(content) + 1].astype(np.int64)
-            offset.append(values.address - start + ends[:-1])
-            length.append(np.diff(ends))
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        offset, length = zip(*(places_in(batch.column("image"), start, side) for batch in batches), strict=True)
         return np.concatenate(offset), np.concatenate(length)

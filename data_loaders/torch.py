@@ -12,8 +12,9 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from data_loaders.faults import Fault, Refusal
+from data_loaders.images import picture
 from data_loaders.index import Ints, Reader, open_index
-from data_loaders.loader import ids_of, picture
+from data_loaders.loader import ids_of
 from data_loaders.sampler import AnySampler, Stratified
 
 AT_ONCE = 2**16

@@ -17,11 +17,11 @@ import pyarrow.ipc
 
 from data_loaders import manifest as manifests
 from data_loaders.faults import Fault, Refusal
-from data_loaders.index import Index, Ints, Reader, index_of
+from data_loaders.index import Index, Ints, Order, Reader, index_of, slices
 from data_loaders.loader import ids_of
 from data_loaders.manifest import GENERATIONS, NAME, SHARDS, File, Manifest
 from data_loaders.progress import Progress
-from data_loaders.shards import shard_schema
+from data_loaders.shards import places_in, shard_schema
 
 Unusable = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError, pa.ArrowException)
 """What reading a file that is not what it should be may end in."""
@@ -140,13 +140,18 @@ def _shards(folder: Path, states: list[Manifest], found: Verdict) -> list[_Known
     for state in reversed(states):
         try:
             index = index_of(folder, state)
+            index.check(wait=True)
         except Refusal as wrong:
             found.faults += wrong.faults
             index = None
         if index:
-            found.rows = found.rows or len(index.labels)
+            found.rows = found.rows or len(index)
             wrong = _misfit(state, index) or (_changed(index, later) if later else None)
-            found.faults += [Fault(str(folder / state.index.name), wrong, "ingest again")] if wrong else []
+            if wrong:
+                found.faults.append(Fault(str(folder / state.index.name), wrong, "ingest again"))
+            elif _is_disordered(index, index.by_class, 0) or _is_disordered(index, index.by_cell, len(index.group)):
+                what = "has rows in other places than their split, class and groups"
+                found.faults.append(Fault(str(folder / state.order.name), what, "ingest again"))
             later = index
         reader = Reader(index) if index else None
         order = np.argsort(index.shard, kind="stable") if index else np.zeros(0, np.int64)
@@ -175,6 +180,24 @@ def _misfit(state: Manifest, index: Index) -> str | None:
     return None
 
 
+def _is_disordered(index: Index, order: Order, groups: int) -> bool:
+    """Whether a row lies in a stratum that is not its own, or not behind those before it in the data set. The strata
+    have as many rows as there are, so that none is missing."""
+    columns = [index.in_split, index.label, *index.group[:groups]]
+    said = [order.split, order.label, *order.groups.T[:groups]]
+    before = (-1, -1)
+    for part in slices(len(index)):
+        places = order.first[0] + np.arange(len(index))[part] if len(order.first) else np.zeros(0, np.int64)
+        stratum, rows = np.searchsorted(order.first, places, side="right") - 1, order.rows[places]
+        if any((values[rows] != expected[stratum]).any() for values, expected in zip(columns, said, strict=True)):
+            return True
+        same = np.diff(stratum, prepend=before[0]) == 0
+        if (np.diff(rows, prepend=before[1])[same] <= 0).any():
+            return True
+        before = (int(stratum[-1]), int(rows[-1]))
+    return False
+
+
 def _changed(index: Index, later: Index) -> str | None:
     """What a later generation changed of the rows of this one; it may only add some behind them."""
     rows = len(index.labels)
@@ -183,6 +206,7 @@ def _changed(index: Index, later: Index) -> str | None:
     meanings = [(index.classes, later.classes), (index.splits, later.splits), (index.shards, later.shards)]
     meanings += zip(index.group_values.values(), later.group_values.values(), strict=False)
     same = same and index.ids.equals(later.ids[:rows]) and [*index.group_values] == [*later.group_values]
+    same = same and index.side == later.side
     if same and all(former == new[: len(former)] for former, new in meanings):
         return None
     return "has rows that a later generation changed"
@@ -220,20 +244,23 @@ def _differs(content: bytes, index: Index, rows: Ints) -> str | None:
     try:
         table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
         table.validate(full=True)
-        if table.schema != shard_schema(tuple(index.group_values)) or any(c.null_count for c in table.columns):
+        kind = shard_schema(index.group_values, index.side)
+        if table.schema != kind or any(column.null_count for column in table.columns):
             return "does not have the columns of a shard"
-        said, expected = _said(table, pa.py_buffer(content).address), _expected(index, rows)
+        said, expected = _said(table, pa.py_buffer(content).address, index.side), _expected(index, rows)
         return next((f"has other {name} than the index" for name in expected if said[name] != expected[name]), None)
     except Unusable as unusable:
         return f"cannot be read by other tools: {unusable}"
 
 
-def _said(table: pa.Table, start: int) -> dict[str, list[Any]]:
+def _said(table: pa.Table, start: int, side: int) -> dict[str, list[Any]]:
     """What a shard, which lies in memory from `start` on, says of its rows, by what it is."""
-    images: list[pa.StructArray] = table["image"].chunks
+    images = table["image"].chunks
     said = {name: table[name].to_pylist() for name in table.column_names if name != "image"}
-    said["image.path"] = [path for image in images for path in image.field("path").to_pylist()]
-    said["places of images"] = [place for image in images for place in _places(image.field("bytes"), start)]
+    if not side:
+        said["image.path"] = [path for image in images for path in image.field("path").to_pylist()]
+    places = [zip(*(part.tolist() for part in places_in(image, start, side)), strict=True) for image in images]
+    said["places of images"] = [place for part in places for place in part]
     about = json.loads((table.schema.metadata or {})[b"huggingface"])
     said["names of classes"] = about["info"]["features"]["label"]["names"]
     return said
@@ -242,16 +269,10 @@ def _said(table: pa.Table, start: int) -> dict[str, list[Any]]:
 def _expected(index: Index, rows: Ints) -> dict[str, list[Any]]:
     """The same, as the index has it."""
     ids = ids_of(index, rows).to_pylist()
-    expected: dict[str, list[Any]] = {"id": ids, "image.path": ids, "label": index.labels[rows].tolist()}
+    expected: dict[str, list[Any]] = {"id": ids, "label": index.labels[rows].tolist()}
+    expected |= {} if index.side else {"image.path": ids}
     for a, (name, values) in enumerate(index.group_values.items()):
         expected[name] = [values[value] for value in index.groups[rows, a].tolist()]
     expected["crc32c"] = index.crc32c[rows].tolist()
     expected["places of images"] = [*zip(index.offset[rows].tolist(), index.length[rows].tolist(), strict=True)]
     return expected | {"names of classes": [*index.classes]}
-
-
-def _places(images: pa.Array, start: int) -> list[tuple[int, int]]:
-    """First byte and length of every image."""
-    _, buffer, values = images.buffers()
-    ends = np.frombuffer(buffer, np.int32)[images.offset : images.offset + len(images) + 1].astype(np.int64)
-    return [*zip((values.address - start + ends[:-1]).tolist(), np.diff(ends).tolist(), strict=True)]

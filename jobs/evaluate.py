@@ -64,7 +64,7 @@ def evaluate_run(settings: Evaluate) -> tuple[str, ...]:
     out = settings.run / "evaluation"
     splits = tuple(dict.fromkeys(settings.splits)) or tuple(name for name in index.splits if name != data.train)
     for split in splits:
-        index.rows_of(split)  # refuses an unknown one before any is evaluated
+        index.whole(split)  # refuses an unknown one before any is evaluated
     learnt = json.loads((settings.run / "model" / "facts.json").read_bytes())
     own = index.fingerprint == learnt["data"]
     facts = {"data": index.fingerprint, "groups": index.group_values, "model": durable.sha256(weights_of(settings.run))}

@@ -50,8 +50,8 @@ def run(curve: LearningCurve) -> None:
         train(config)
     unseen = index.rows_of(curve.data.validation)
     runs = [Run(config.data.fraction, wrong_of(config.run_folder, index, unseen)) for config in configs]
-    learnt = index.labels[rows], wrong_of(configs[-1].run_folder, index, rows)
-    found = learning_curves(runs, index.labels[unseen], learnt, index.classes)
+    learnt = index.labels_of(rows), wrong_of(configs[-1].run_folder, index, rows)
+    found = learning_curves(runs, index.labels_of(unseen), learnt, index.classes)
     told = list(findings(found))
     tree = {"data": index.fingerprint, "curves": plain(found), "findings": plain(told)}
     durable.write_json(curve.run_folder / "learning_curve.json", tree)

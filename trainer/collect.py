@@ -25,8 +25,8 @@ from trainer.context import Row
 from trainer.metrics.calibration import coarse_bins
 from trainer.metrics.catalogue import RATES
 from trainer.metrics.intervals import divide, wilson
-from trainer.metrics.long_table import SCHEMA, table_of
-from trainer.metrics.tally import Shape, Tally
+from trainer.metrics.long_table import SCHEMA, counts_of, table_of
+from trainer.metrics.tally import Ints, Shape, Tally
 from trainer.tracking import CONFUSION, RELIABILITY, Artifact, Tracker
 
 VARYING = ("speed",)
@@ -104,6 +104,7 @@ class Collector:
         speed = {name: value for name, value in row["speed"].items() if isinstance(value, int | float)}
         system = {f"system/{name}": value for name, value in speed.items() if name != "pid"}
         numbers["validation/calibrated_nll"] = row["calibrated_nll"]
+        numbers["train/skipped_rows"] = int(self._skipped(row).sum())
         self.tracker.log({"step": row["step"], "lr": row["lr"], **system, **numbers})
         left = (row["steps"] - row["step"]) * speed["seconds_per_step"]
         self.lines.append(
@@ -154,10 +155,20 @@ class Collector:
             "validation": ("ledger", self._tally(row, "validation")),
         }
         names = {"train": self.config.data.train, "validation": self.config.data.validation}
-        return [
+        skipped = counts_of(
+            "skipped_rows", self._skipped(row), self.classes, self.group_values, split=names["train"], view="", **key
+        )
+        return [skipped] + [
             table_of(tally, self.classes, self.group_values, bands=False, split=names[part], view=view, **key)
             for part, (view, tally) in tallies.items()
         ]
+
+    def _skipped(self, row: Row) -> Ints:
+        """Draws of damaged rows since the start, [cells, classes]."""
+        counts = np.zeros((self.shape.groups, self.shape.classes), np.int64)
+        for cell, k, n in row.get("skipped", ()):
+            counts[cell, k] = n
+        return counts
 
     def _interval(self, row: Row, before: Row | None) -> Tally:
         """Training samples since the report before; reports carry all samples since the start."""
@@ -197,8 +208,7 @@ def _tracker(config: Config, facts: Mapping[str, Any]) -> Tracker:
 
 def _data_artifact(index: Index) -> Artifact:
     """The data set as its manifest, which holds the hash of every file, without the images."""
-    k = len(index.classes)
-    counts = {name: np.bincount(index.labels[index.rows_of(name)], minlength=k).tolist() for name in index.splits}
+    counts = {name: index.class_sizes(index.whole(name)).tolist() for name in index.splits}
     facts = {
         "fingerprint": index.fingerprint,
         "rows": {split: dict(zip(index.classes, count, strict=True)) for split, count in counts.items()},

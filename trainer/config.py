@@ -118,5 +118,5 @@ class Config(Settings):
     def identity(self) -> str:
         """Hash of what decides the model: the same for any cluster, place, tracking and number of threads."""
         same = {"name": "run", "folder": Path("runs"), "cluster": Cluster(), "tracking": Tracking(), "resume": False}
-        data = self.data.model_copy(update={"threads": 1, "prefetch": 1})
+        data = self.data.model_copy(update={"threads": 1, "loading": "threads", "memory": 1, "cache": None})
         return digest(self.model_copy(update=same | {"data": data, "train": self.train.model_copy(update={"keep": 1})}))

@@ -112,7 +112,7 @@ def evaluate(
     rows = index.rows_of(split)
     progress = Progress(f"evaluate {split}", len(rows), "rows") if context.rank == 0 else None
     logits = logits_of(model, index, data, rows, context, progress)
-    labels, cells = index.labels[rows], index.cells[rows]
+    labels, cells = index.labels_of(rows), index.cells_of(rows)
     views = {name: view(name, ledger, logits, cells) for name in VIEWS}
     shape = Shape(len(index.cell_names), len(index.classes), ledger.abstains)
     tallies = {name: tally(v, labels, cells, shape) for name, v in views.items()}
@@ -122,9 +122,9 @@ def evaluate(
 
 def _predictions(index: Index, rows: Ints, logits: Floats, views: dict[str, View]) -> pa.Table:
     names = np.array([*index.classes, ABSTAIN])
-    columns: dict[str, Any] = {"id": ids_of(index, rows), "row": rows, "label": names[index.labels[rows]]}
+    columns: dict[str, Any] = {"id": ids_of(index, rows), "row": rows, "label": names[index.label[rows]]}
     for a, (column, values) in enumerate(index.group_values.items()):
-        columns[f"group.{column}"] = np.array(values)[index.groups[rows, a]]
+        columns[f"group.{column}"] = np.array(values)[index.group[a][rows]]
     columns |= {f"logit.{name}": logits[:, k] for k, name in enumerate(index.classes)}
     columns |= {f"p.{name}": np.exp(views["ledger"].log_probabilities[:, k]) for k, name in enumerate(index.classes)}
     columns |= {f"decision.{name}": names[v.decisions] for name, v in views.items()}

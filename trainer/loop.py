@@ -7,7 +7,7 @@ import resource
 import time
 from bisect import bisect_right
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from data_loaders import durable
 from data_loaders.faults import Fault, Refusal
-from data_loaders.index import Index
-from data_loaders.loader import Batch, ids_of, training_batches
+from data_loaders.gpu import decode_into, is_here
+from data_loaders.images import CAUSES, decoder_name
+from data_loaders.index import Index, Rows
+from data_loaders.loader import Batch, Costs, Data, ids_of, training_batches
 from data_loaders.progress import say
 from data_loaders.stream import Sampler
 from trainer import checkpoint
@@ -32,7 +34,7 @@ from trainer.decision.validation import Validation
 from trainer.evaluate import logits_of, tally, view
 from trainer.learner import Failure, Learner, word
 from trainer.losses import Known
-from trainer.metrics.tally import Ints, Shape, Tally, count
+from trainer.metrics.tally import Shape, Tally, count
 from trainer.mixing import Images
 
 MOST_NAMED = 10
@@ -62,9 +64,10 @@ def fit(config: Config, context: Context) -> None:
     learner = Learner(config, context, len(index.classes), known, steps)
     seen = torch.zeros(shape.size, dtype=torch.int64, device=context.device)  # all samples since the start of the run
     since = torch.zeros_like(seen)  # this worker's samples since `seen` was brought up to date
+    skipped = torch.zeros(shape.groups, shape.classes, dtype=torch.int64)  # draws of damaged rows since the start
     identity = identity_of(config, index)
     machine = machine_of(config, context)
-    first, best = _go_on(identity, context, learner, seen, machine)
+    first, best = _go_on(identity, context, learner, seen, skipped, machine)
     pace = Pace()
 
     def state(report: Row | None) -> checkpoint.State:
@@ -74,17 +77,20 @@ def fit(config: Config, context: Context) -> None:
             raise Refusal("Training diverged:", [Fault("optimizer.lr", what, LOWER)], 65)
         seen.add_(context.sum(since))
         since.zero_()
+        skipped.add_(context.sum(torch.from_numpy(pace.costs.take_skips(*skipped.shape)).to(context.device)).cpu())
         return checkpoint.State(done, identity, report, best, machine)
 
     def save(given: checkpoint.State) -> None:
         if context.rank == 0:
             files, plain = learner.learned()
-            writer.save(given, checkpoint.Learned({**files, "tally": {"seen": seen}}, plain))
+            writer.save(given, checkpoint.Learned({**files, "tally": {"seen": seen, "skipped": skipped}}, plain))
 
     done, over = first, _is_spent(config, first, best)
     with (
         contextlib.closing(checkpoint.Writer(context.folder, config.train.keep)) as writer,
-        contextlib.closing(_batches(config, index, rows, stream, range(first, steps), learner, context)) as batches,
+        contextlib.closing(
+            _batches(config, index, rows, stream, range(first, steps), learner, context, pace.costs)
+        ) as batches,
     ):
         while done < steps and not over:
             context.progress(done, "loading data")
@@ -106,6 +112,7 @@ def fit(config: Config, context: Context) -> None:
                 row = {"step": done, "steps": steps, "lr": config.optimizer.rate(done - 1, steps)}
                 given = state(None)
                 row |= {"train": Tally.of(seen.cpu().numpy(), shape).pack(), "speed": pace.since_last(done - first)}
+                row["skipped"] = [[*at, int(skipped[*at])] for at in skipped.nonzero().tolist()]
                 ledger = ledger_after(done, steps, config, index, known)
                 row |= _validate(config, index, learner.judged, ledger, context, shape)
                 best = _better(config, context, best, done, row)
@@ -136,11 +143,10 @@ def identity_of(config: Config, index: Index) -> str:
     return "-".join(filter(None, (config.identity, index.fingerprint, config.model.start_hash())))
 
 
-def knowledge(config: Config, index: Index, rows: Ints, stream: Sampler, steps: int) -> list[tuple[int, Known]]:
+def knowledge(config: Config, index: Index, rows: Rows, stream: Sampler, steps: int) -> list[tuple[int, Known]]:
     """What the loss knows of the data from a position of the stream on, for each of its phases."""
     end = steps * config.data.batch
-    sizes = np.zeros((len(index.cell_names), len(index.classes)), np.int64)
-    np.add.at(sizes, (index.cells[rows], index.labels[rows]), 1)
+    sizes = index.cell_sizes(rows)
     starts = [start for start in stream.phases if start < end]
     spans = list(pairwise([*starts, end]))
     drawn = np.array([stream.counts(*span) for span in spans], np.float64)
@@ -155,7 +161,7 @@ def knowledge(config: Config, index: Index, rows: Ints, stream: Sampler, steps: 
     return [(start, Known(sizes, prior, config.model.scale)) for start, prior in zip(starts, priors, strict=True)]
 
 
-def partner_stream(config: Config, index: Index, rows: Ints, positions: int) -> Sampler:
+def partner_stream(config: Config, index: Index, rows: Rows, positions: int) -> Sampler:
     """Of the images that are mixed in, where these have a stream of their own."""
     assert config.mixing.partners is not None
     return config.mixing.partners.over(index, rows, word(config.seed, PARTNERS), positions)
@@ -165,13 +171,13 @@ def ledger_after(step: int, steps: int, config: Config, index: Index, known: lis
     """The ledger, before calibration, of a model after so many of all steps: its logits are conditioned on what the
     sampler and the loss do in the phase at hand."""
     last = known[bisect_right([start for start, _ in known], (step - 1) * config.data.batch) - 1][1]
-    natural = np.bincount(index.labels[index.rows_of(config.data.train)], minlength=len(index.classes))
+    natural = index.class_sizes(index.whole(config.data.train))
     conditioned = config.loss.logit_prior(last.prior, last, (step - 1) / steps)
     return config.decision.ledger(index.classes, natural / natural.sum(), last.prior, conditioned)
 
 
 def _go_on(
-    identity: str, context: Context, learner: Learner, seen: Tensor, machine: dict[str, str | int]
+    identity: str, context: Context, learner: Learner, seen: Tensor, skipped: Tensor, machine: dict[str, str | int]
 ) -> tuple[int, checkpoint.Best | None]:
     """Loads the newest checkpoint that verifies: the steps that are done, and the best of them."""
     folder = _agreed(context)
@@ -185,6 +191,7 @@ def _go_on(
         raise Refusal("This run was started with other settings:", [Fault(str(folder), "is a checkpoint of it", fix)])
     learner.load(learned)
     seen.copy_(learned.tensors["tally"]["seen"])
+    skipped.copy_(learned.tensors["tally"]["skipped"])
     if context.rank == 0:
         say(f"going on from step {state.step:,}")
         former = state.machine or {}
@@ -222,18 +229,35 @@ def machine_of(config: Config, context: Context) -> dict[str, str | int]:
     found: dict[str, str | int] = {"torch": torch.__version__, "device": kind}
     if device.type == "cpu":
         found["threads"] = torch.get_num_threads()
+    is_there = config.data.decoder == "gpu" and is_here(device)
+    found["decoder"] = "nvJPEG" if is_there else decoder_name(config.data.decoder)
     return found if config.train.reproducible else found | {"workers": context.workers}
 
 
 def _batches(
-    config: Config, index: Index, rows: Ints, stream: Sampler, steps: range, learner: Learner, context: Context
+    config: Config,
+    index: Index,
+    rows: Rows,
+    stream: Sampler,
+    steps: range,
+    learner: Learner,
+    context: Context,
+    costs: Costs,
 ) -> Generator[tuple[Images, Images | None]]:
     """This worker's part of the batch of every step, on the device, and of the images that are mixed into it."""
     places = range(learner.places[0].start, learner.places[-1].stop)
 
-    def on_device(sampler: Sampler, seed: int) -> Generator[Images]:
-        return _ahead(training_batches(index, config.data, sampler, seed, steps, places), context.device)
+    is_gpu = context.device.type == "cuda"
+    data = _decodable(config.data, context)
 
+    def on_device(sampler: Sampler, seed: int) -> Generator[Images]:
+        batches = training_batches(
+            index, data, sampler, seed, steps, places, costs=costs, alters=not is_gpu, pinned=is_gpu
+        )
+        return _ahead(batches, data, index, seed, context.device)
+
+    if config.mixing.partners is not None:  # two streams share the memory
+        data = data.model_copy(update={"memory": max(data.memory // 2, 1)})
     own = on_device(stream, config.seed)
     if config.mixing.partners is None:
         with contextlib.closing(own):
@@ -246,28 +270,46 @@ def _batches(
         yield from zip(own, partners, strict=True)
 
 
-def _ahead(batches: Generator[Batch], device: torch.device) -> Generator[Images]:
-    """Batches on the device; a GPU gets the next one on a stream of its own, while it computes."""
+def _decodable(data: Data, context: Context) -> Data:
+    """With the host's decoder where no GPU is that has one."""
+    if data.decoder != "gpu" or is_here(context.device):
+        return data
+    if context.rank == 0:
+        say(f"data.decoder=gpu: nvJPEG is not here, so {decoder_name('auto')} decodes")
+    return data.model_copy(update={"decoder": "auto"})
+
+
+def _ahead(batches: Generator[Batch], data: Data, index: Index, seed: int, device: torch.device) -> Generator[Images]:
+    """Batches on the device; a GPU gets the next one on a stream of its own, while it computes, and alters its pixels
+    there."""
     with contextlib.closing(batches):
         if device.type != "cuda":
-            yield from (Images(*_tensors(batch)) for batch in batches)
+            yield from (_images(batch) for batch in batches)
             return
         side, ahead, arrived = torch.cuda.Stream(device), None, torch.cuda.Event()
         for batch in chain(batches, [None]):
-            coming = None
+            coming, pinned = None, ()
             if batch is not None:
+                pinned = [part if part.is_pinned() else part.pin_memory() for part in _images(batch)]
                 with torch.cuda.stream(side):
-                    coming = Images(*(part.pin_memory().to(device, non_blocking=True) for part in _tensors(batch)))
+                    coming = Images(*(part.to(device, non_blocking=True) for part in pinned))
+                    if batch.encoded:
+                        decode_into(coming.images, batch.encoded, index)
+                    if data.augmentation.alters:
+                        altered = data.augmentation.alter(coming.images, seed, batch.positions)
+                        coming = coming._replace(images=altered)
             if ahead is not None:
                 torch.cuda.current_stream(device).wait_event(arrived)
                 for part in ahead:
                     part.record_stream(torch.cuda.current_stream(device))
                 yield ahead
             ahead, arrived = coming, side.record_event()
+            if pinned:
+                arrived.synchronize()  # before the loader fills that memory again; the step computes meanwhile
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [torch.from_numpy(part) for part in (batch.images, batch.labels, batch.cells)]
+def _images(batch: Batch) -> Images:
+    return Images(*(torch.from_numpy(part) for part in (batch.images, batch.labels, batch.cells)))
 
 
 def _diverged(
@@ -336,8 +378,8 @@ def _validate(config: Config, index: Index, model: nn.Module, ledger: Ledger, co
         raise Refusal("Training diverged:", [Fault("optimizer.lr", what, LOWER)], 65)
     if context.rank:
         return {}
-    labels = index.labels[rows]
-    seen = tally(view("ledger", ledger, logits), labels, index.cells[rows], shape)
+    labels = index.labels_of(rows)
+    seen = tally(view("ledger", ledger, logits), labels, index.cells_of(rows), shape)
     after = calibrate(ledger, logits, labels, Temperature()).nll_after
     return {"validation": seen.pack(), "calibrated_nll": after}
 
@@ -349,7 +391,7 @@ def finish(
     rows = index.rows_of(config.data.validation)
     _same_buffers(model, context)
     logits = logits_of(model, index, config.data, rows, context)
-    said = Validation(logits, index.labels[rows], index.cells[rows], rows)
+    said = Validation(logits, index.labels_of(rows), index.cells_of(rows), rows)
     calibration = calibrate(ledger, said.logits, said.labels, config.calibration, said.cells)
     if context.rank == 0:
         facts |= {
@@ -378,6 +420,7 @@ class Pace:
     began: float = 0.0
     waited: float = 0.0
     reported: int = 0
+    costs: Costs = field(default_factory=Costs)
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
@@ -390,9 +433,13 @@ class Pace:
         self.waited += time.monotonic() - began
 
     def since_last(self, steps: int) -> dict[str, float]:
-        """Seconds a step and the share of them that waited for data, since the last call, after so many steps."""
-        passed, done = time.monotonic() - self.began, steps - self.reported
-        pace = {"seconds_per_step": passed / max(done, 1), "waiting_for_data": self.waited / max(passed, 1e-9)}
+        """Seconds a step and the share of them that waited for data, by what kept the data back, since the last call,
+        after so many steps. What the loader did not take was the way to the device."""
+        passed, done = max(time.monotonic() - self.began, 1e-9), steps - self.reported
+        pace = {"seconds_per_step": passed / max(done, 1), "data_wait": self.waited / passed}
+        pace |= {f"data_wait_{name}": s / passed for name, s in zip(CAUSES, self.costs.waited.tolist(), strict=True)}
+        pace["data_wait_copy"] = max(self.waited - float(self.costs.waited.sum()), 0.0) / passed
+        self.costs.waited[:] = 0
         pace |= {"pid": os.getpid(), "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
         if torch.cuda.is_initialized():
             pace["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20

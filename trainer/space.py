@@ -26,7 +26,9 @@ SAME_TOO = (
     "data.train",
     "data.validation",
     "data.threads",
-    "data.prefetch",
+    "data.loading",
+    "data.memory",
+    "data.cache",
     "train.members",
     "train.keep",
 )

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from data_loaders.audit.likeness import ALIKE, likeness
 from data_loaders.audit.looks import pairs_within, reach
 from data_loaders.audit.reading import of_images
-from data_loaders.examine import small_grey
+from data_loaders.decode import decode
+from data_loaders.examine import small_grey, small_grey_of
 from data_loaders.formats.read import read_header
 from data_loaders.index import Index, Ints
 from data_loaders.look import ACROSS
@@ -216,9 +217,11 @@ def _copy(index: Index, row: int) -> Copy:
     return Copy(index.ids[row].as_py(), index.splits[index.split[row]], index.classes[index.labels[row]])
 
 
-def _digest(content: bytes, _: int) -> bytes:
+def _digest(content: bytes, *_: int) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-def _small(content: bytes, pixel_cap: int) -> NDArray[np.uint8]:
+def _small(content: bytes, pixel_cap: int, side: int) -> NDArray[np.uint8]:
+    if side:
+        return small_grey_of(decode(content, side=side))
     return small_grey(content, read_header(content, pixel_cap, whole=False))

@@ -53,13 +53,13 @@ PROPERTIES = (
 to be taken for the surroundings."""
 
 
-def measure(content: bytes, pixel_cap: int = PIXEL_CAP) -> Floats:
-    """The PROPERTIES of an image file, [P]. Raises Undecodable."""
-    pixels = decode(content, pixel_cap)
+def measure(content: bytes, pixel_cap: int = PIXEL_CAP, side: int = 0) -> Floats:
+    """The PROPERTIES of an image file, or of pixels with this `side`, [P]. Raises Undecodable."""
+    pixels = decode(content, pixel_cap, side)
     height, width = pixels.shape[:2]
     small = reduced(pixels).astype(np.float32)
     edge = border(*small.shape[:2])
-    quality = read_header(content, pixel_cap, whole=False).quality
+    quality = 0 if side else read_header(content, pixel_cap, whole=False).quality
     size = np.log([width / height, width * height])
     file = [*size, quality, np.log(len(content) / (width * height))]
     whole = [*_light(small.reshape(-1, 3)), _colourfulness(small.reshape(-1, 3)), _sharpness(small @ LUMA)]

@@ -32,7 +32,9 @@ class Overview(NamedTuple):
     """The split that sizes are of, and that decides which cell is the worst."""
     counts: Counts
     images: dict[str, int]
-    """Format, and what was not plain -> images."""
+    """Format, and what was not plain -> images that were ingested."""
+    side: int
+    """Height and width of images that are stored as pixels; 0 where they are files."""
     sizes: list[Sizes]
     dropped: Dropped
     shards: int
@@ -51,6 +53,7 @@ def overview(index: Index, made: Manifest, train: str | None = None) -> Overview
         train=first,
         counts=counts(index, first),
         images=made.images,
+        side=made.side,
         sizes=sizes(index, index.rows_of(first)),
         dropped=made.rejected,
         shards=len(made.shards),
@@ -77,12 +80,18 @@ def summary(o: Overview) -> str:
         f"in {o.shards:,} shards of {o.bytes / 1e6:,.1f} MB",
         "",
         *count_tables(o),
-        "images: " + ", ".join(f"{n:,} {what}" for what, n in o.images.items()),
+        "images: " + images_of(o),
         "",
         f"images of {o.train}, least / median / most:",
         size_table(o.sizes[: SHOWN + 1]),
     ]
     return "\n".join([*lines, *_dropped(o)])
+
+
+def images_of(o: Overview) -> str:
+    """What was ingested, and as what it is stored if that is another thing."""
+    stored = f"; stored as pixels, {o.side} x {o.side}" if o.side else ""
+    return ", ".join(f"{n:,} {what}" for what, n in o.images.items()) + stored
 
 
 def count_tables(o: Overview) -> Iterator[str]:

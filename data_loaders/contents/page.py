@@ -15,10 +15,10 @@ from PIL import Image
 from data_loaders import durable
 from data_loaders.augment import rng
 from data_loaders.contents.counts import Line, tables
-from data_loaders.contents.overview import Overview
+from data_loaders.contents.overview import Overview, images_of
 from data_loaders.contents.text import text
+from data_loaders.images import picture
 from data_loaders.index import Index, Ints, Reader
-from data_loaders.loader import picture
 
 HERE = Path(__file__).parent
 SIDE = 112
@@ -57,6 +57,7 @@ def write(o: Overview, index: Index, out: Path, most_cells: int, per_cell: int, 
         style=style,
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         spread=text,
+        images=images_of(o),
     )
     durable.write(out, page)
     return sum(len(shelf.pictures) for shelf in shelves)

@@ -12,8 +12,8 @@ from PIL import Image
 from data_loaders.audit.reading import AT_ONCE, THREADS
 from data_loaders.augment import centred
 from data_loaders.decode import Pixels
+from data_loaders.images import picture
 from data_loaders.index import Index, Ints, Reader
-from data_loaders.loader import picture
 from data_loaders.progress import Progress
 
 

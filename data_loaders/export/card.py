@@ -44,12 +44,19 @@ TOLD = {
 """Heading -> field of About."""
 
 
-def card(about: About, o: Overview, made: Manifest, index: Index, found: list[str], files: Files | None = None) -> str:
+def card(
+    about: About,
+    o: Overview,
+    made: Manifest,
+    index: Index,
+    found: list[str],
+    files: Files | None = None,
+    side: int = 0,
+) -> str:
     """`found` says which imbalances were counted. `files`, of Arrow or Parquet, are those that Hugging Face is to read,
-    below the README."""
-    head = yaml.safe_dump(
-        _metadata(about, o) | _hugging_face(o, index, files or {}), sort_keys=False, allow_unicode=True, width=120
-    )
+    below the README; with a `side`, they hold pixels."""
+    tree = _metadata(about, o) | _hugging_face(o, index, files or {}, side)
+    head = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
     return f"---\n{head}---\n\n" + "\n".join(_body(about, o, _divided(index.folder, made), found)) + "\n"
 
 
@@ -97,7 +104,7 @@ def _metadata(about: About, o: Overview) -> dict[str, Any]:
     }
 
 
-def _hugging_face(o: Overview, index: Index, files: Files) -> dict[str, Any]:
+def _hugging_face(o: Overview, index: Index, files: Files, side: int) -> dict[str, Any]:
     """Where the rows are and what their columns mean, so that `load_dataset` asks nothing."""
     if not files:
         return {}
@@ -105,7 +112,7 @@ def _hugging_face(o: Overview, index: Index, files: Files) -> dict[str, Any]:
     sizes = {split: int(index.length[index.rows_of(split)].sum(dtype="int64")) for split in files}
     paths = [{"split": names[split], "path": [path.as_posix() for path in files[split]]} for split in files]
     told = {
-        "features": [_feature(*item) for item in features(index.classes, index.group_values).items()],
+        "features": [_feature(*item) for item in features(index.classes, index.group_values, side).items()],
         "splits": [{"name": names[s], "num_bytes": sizes[s], "num_examples": o.counts.splits[s]} for s in files],
         "download_size": sum(sizes.values()),
         "dataset_size": sum(sizes.values()),
@@ -117,6 +124,8 @@ def _feature(name: str, kind: dict[str, Any]) -> dict[str, Any]:
     if kind["_type"] == "ClassLabel":
         names = {str(k): label for k, label in enumerate(kind["names"])}
         return {"name": name, "dtype": {"class_label": {"names": names}}}
+    if kind["_type"] == "Sequence":
+        return {"name": name, "sequence": kind["feature"]["dtype"], "length": kind["length"]}
     return {"name": name, "dtype": "image" if kind["_type"] == "Image" else kind["dtype"]}
 
 

@@ -54,7 +54,7 @@ def write_cards(data: Path, generation: int | None, out: Path, about: About) -> 
         files[split] = [Path(SHARDS, index.shards[s]) for s in there]
     parts = [Part(p, shards[p.name].bytes, shards[p.name].sha256) for part in files.values() for p in part]
     counted = imbalances(index, found)
-    durable.write(out / CARD, card(told, found, made, index, counted, files))
+    durable.write(out / CARD, card(told, found, made, index, counted, files, index.side))
     durable.write_json(out / CROISSANT, croissant(told, found, index, parts, ARROW, counted))
 
 

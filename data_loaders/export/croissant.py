@@ -130,7 +130,8 @@ def _classes(index: Index) -> dict[str, Any]:
 
 
 def _rows(index: Index, kind: str) -> dict[str, Any]:
-    fields = [_field(name, column, index) for name, column in features(index.classes, index.group_values).items()]
+    side = index.side if kind == ARROW else 0
+    fields = [_field(name, column, index) for name, column in features(index.classes, index.group_values, side).items()]
     split = {"fileSet": {"@id": "files"}, "extract": {"fileProperty": "fullpath"}, "transform": {"regex": SPLIT[kind]}}
     fields.append({"@type": "cr:Field", "@id": "rows/~split", "name": "split", "dataType": "sc:Text", "source": split})
     about = "A row is an image with its label and groups; crc32c covers image, label, groups and id."
@@ -143,6 +144,10 @@ def _field(name: str, column: dict[str, Any], index: Index) -> dict[str, Any]:
     if column["_type"] == "Image":
         source["transform"] = {"jsonPath": "bytes"}
         return {**field, "dataType": "sc:ImageObject"}
+    if column["_type"] == "Sequence":
+        told = f"Pixels of {index.side} x {index.side}, row by row from the top, each red, green and blue, 0 to 255."
+        shape = {"isArray": True, "arrayShape": str(column["length"])}
+        return {**field, "dataType": "cr:UInt8", "description": told, **shape}
     if column["_type"] == "ClassLabel":
         told = f"A number in classes, 0 … {len(index.classes) - 1}."
         return {**field, "dataType": "sc:Integer", "description": told}

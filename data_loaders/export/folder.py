@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_loaders.export.names import image_name, safe
+from data_loaders.export.rows import as_file
 from data_loaders.export.target import Done, Files, Target, suffixes_of
 from data_loaders.index import Index, Ints, Reader
 
@@ -32,7 +33,8 @@ class Folder(Target):
                 for folder in folders:
                     (out / folder).mkdir(parents=True)  # also that of an empty class, so that numbers stay the same
                 for row in rows.tolist():
-                    content, label, name = reader.read(row), int(index.labels[row]), index.ids[row].as_py()
+                    content = as_file(index, reader.read(row))
+                    label, name = int(index.labels[row]), index.ids[row].as_py()
                     fitting = suffixes_of(content)
                     path = folders[label] / image_name(name, fitting[0], fitting)
                     with (out / path).open("xb") as image:

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from data_loaders.export.hugging_face import plain_split
-from data_loaders.export.rows import schema, spans, tables
+from data_loaders.export.rows import schema, sizes, spans, tables
 from data_loaders.export.target import Done, Files, Target
 from data_loaders.faults import Fault, Refusal
 from data_loaders.index import Index, Ints
@@ -31,7 +31,7 @@ class HuggingFace(Target):
         (out / "data").mkdir()
         files: Files = {}
         for split, rows in splits.items():
-            parts = list(spans(index.length[rows], self.megabytes * 10**6))
+            parts = list(spans(sizes(index, rows), self.megabytes * 10**6))
             paths = [Path("data", f"{names[split]}-{n:05d}-of-{len(parts):05d}.parquet") for n in range(len(parts))]
             for path, (start, stop) in zip(paths, parts, strict=True):
                 with pq.ParquetWriter(out / path, schema(index), write_page_checksum=True) as writer:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from data_loaders import durable
 from data_loaders.export.names import safe
-from data_loaders.export.rows import spans
+from data_loaders.export.rows import as_file, sizes, spans
 from data_loaders.export.target import Done, Files, Target, suffixes_of
 from data_loaders.index import Index, Ints, Reader
 
@@ -34,12 +34,12 @@ class WebDataset(Target):
         with closing(Reader(index)) as reader:
             for split, rows in splits.items():
                 files[split] = []
-                for start, stop in spans(index.length[rows] + HEAD, self.megabytes * 10**6):
+                for start, stop in spans(sizes(index, rows) + HEAD, self.megabytes * 10**6):
                     name = f"{safe(split)}-{len(files[split]):06d}.tar"
                     files[split].append(Path(name))
                     with tarfile.open(out / name, "w", format=tarfile.USTAR_FORMAT) as tar:
                         for number, row in enumerate(rows[start:stop].tolist(), start):
-                            content = reader.read(row)
+                            content = as_file(index, reader.read(row))
                             about = _about(index, row)
                             members = {suffixes_of(content)[0]: content, ".cls": str(index.labels[row]).encode()}
                             members[".json"] = json.dumps(about, ensure_ascii=False).encode()

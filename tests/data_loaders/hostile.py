@@ -21,12 +21,14 @@ from data_loaders.decode import decode
 from data_loaders.examine import examine
 from data_loaders.formats.header import Undecodable
 from data_loaders.recode import Resize
+from data_loaders.shards import squared
 
 CALLS = {
     "header": lambda content: examine(content, check="header")[1:3],
     "examine": lambda content: examine(content)[1:3],
     "decode": decode,
     "resize": lambda content: decode(Resize(longest=16)(content)).shape[1::-1],
+    "raw": lambda content: squared(content, 16)[1][1:3],
 }
 SMALL = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
 SMOOTH = np.kron(np.array([[[200, 30, 60], [20, 160, 90]], [[40, 60, 220], [240, 240, 30]]]), np.ones((16, 24, 1)))

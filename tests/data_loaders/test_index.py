@@ -218,20 +218,25 @@ def test_two_shards_that_changed_places_are_found(copy: Path):
     assert damaged(index, 0)
 
 
-@pytest.mark.parametrize("column", ["labels", "groups", "offset", "length", "shard", "crc32c"])
+@pytest.mark.parametrize("column", ["label", "group", "offset", "length", "shard", "crc32c"])
 def test_an_index_of_other_rows_does_not_fit_the_shards(dataset: Path, column):
     index = open_index(dataset)
     values = np.array(getattr(index, column))
-    values[0] = values[0] + 1 if column != "shard" else 3
-    if column in {"labels", "groups"}:
-        values[0] %= 2
+    if column in {"label", "group"}:
+        values.T[0] = (values.T[0] + 1) % 2
+    else:
+        values[0] = values[0] + 1 if column != "shard" else 3
     assert damaged(dataclasses.replace(index, **{column: values}), 0)
 
 
 def test_two_rows_that_changed_their_ids_are_found(dataset: Path):
     index = open_index(dataset)
-    first, second, *others = index.ids.to_pylist()
-    index = dataclasses.replace(index, ids=pa.chunked_array([[second], [first], others], pa.string()))
+    first, second, *_ = index.ids.to_pylist()
+    swapped = f"{second}{first}".encode()
+    text = np.append(np.frombuffer(swapped, np.uint8), index.id_text[len(swapped) :])
+    ends = np.concatenate([[0, len(second.encode())], index.id_ends[2:]])
+    index = dataclasses.replace(index, id_text=text, id_ends=ends)
+    assert [index.id_of(row) for row in range(2)] == [second, first]
     assert damaged(index, 0)
     assert damaged(index, 1)
     assert Reader(index).read(2)
@@ -439,7 +444,7 @@ def test_a_forged_number_in_an_index_is_refused(copy: Path, column, value):
     """Even where an attacker made every hash agree."""
 
     def change(table: pa.Table) -> pa.Table:
-        values = np.array(table[column])
+        values = table[column].to_numpy().copy()
         values[5] = value
         place = table.schema.get_field_index(column)
         return table.set_column(place, table.schema.field(column), pa.array(values))
@@ -457,7 +462,7 @@ def test_a_forged_column_of_an_index_is_refused(copy: Path, column, how):
         if how == "null":
             values = pa.array([None, *values.to_pylist()[1:]], values.type)
         elif how == "other type":
-            values = values.cast(pa.large_string() if column == "id" else pa.string())
+            values = values.cast(pa.string())
         elif how == "dictionary":
             values = values.dictionary_encode()
         elif how == "missing":
@@ -474,16 +479,17 @@ def test_a_forged_column_of_an_index_is_refused(copy: Path, column, how):
 @pytest.mark.parametrize("rows", [0, 1, 153])
 def test_a_forged_number_of_rows_is_refused(copy: Path, rows):
     forge_index(copy, lambda table: table.slice(0, rows))
-    assert len(open_index(copy).labels) == rows  # index and manifest agree; python -m jobs.verify compares the rest
+    with pytest.raises(Refusal, match=r"order-.* does not fit the manifest|0 record batches"):
+        open_index(copy)
     forge(copy, lambda tree: tree["index"].update(rows=154))
-    with pytest.raises(Refusal, match="does not fit the manifest"):
+    with pytest.raises(Refusal, match=r"index-.* does not fit the manifest|0 record batches"):
         open_index(copy)
 
 
 def test_an_id_that_is_no_text_is_refused(copy: Path):
     def change(table: pa.Table) -> pa.Table:
-        ids = pa.array([b"\xff", *(name.encode() for name in table["id"].to_pylist()[1:])])
-        return table.set_column(0, "id", ids.view(pa.string()))
+        names = [b"\xff", *(name.encode() for name in table["id"].to_pylist()[1:])]
+        return table.set_column(0, "id", pa.array(names, pa.large_binary()).view(pa.large_string()))
 
     forge_index(copy, change)
     with pytest.raises(Refusal, match=r"(?i)invalid utf-?8"):

@@ -126,6 +126,7 @@ def test_the_manifest_counts_what_the_shards_hold(settings: Ingest):
         "generations",
         "generations/000001.json",
         manifest["index"]["name"],
+        manifest["order"]["name"],
         "rejected.csv",
         "shards",
         *(f"shards/{name}" for name in index.shards),
@@ -142,7 +143,7 @@ def test_the_number_of_processes_changes_nothing(settings: Ingest, photos: Path,
     for shard in one["shards"]:
         files = [tmp_path / f"data{n}" / "shards" / shard["name"] for n in (1, 2)]
         assert files[0].read_bytes() == files[1].read_bytes()
-    for name in (one["index"]["name"], "rejected.csv"):
+    for name in (one["index"]["name"], one["order"]["name"], "rejected.csv"):
         assert (tmp_path / "data1" / name).read_bytes() == (tmp_path / "data2" / name).read_bytes()
 
 
@@ -459,10 +460,12 @@ def test_what_a_killed_run_left_is_swept_away_by_the_next(settings: Ingest):
     left.mkdir(parents=True)
     for name in ("train-g1-00000-00-0123abcd.arrow", ".train-g1-00001-00.4711.tmp", "val-g2-00000-00-ffffffff.arrow"):
         (left / name).write_bytes(b"old")
-    (settings.out / "index-g1-01234567.arrow").write_bytes(b"old")
+    for name in ("index-g1-01234567.arrow", "order-g1-01234567.arrow", ".order-g1.4711.tmp"):
+        (settings.out / name).write_bytes(b"old")
     manifest = made(settings)
     assert {path.name for path in left.iterdir()} == {shard["name"] for shard in manifest["shards"]}
-    assert [path.name for path in settings.out.glob("index*")] == [manifest["index"]["name"]]
+    assert {path.name for path in settings.out.glob("*.arrow")} == {manifest[f]["name"] for f in ("index", "order")}
+    assert not list(settings.out.glob(".order*"))
     assert len(open_index(settings.out).labels) == 40
 
 

@@ -1,7 +1,9 @@
+import os
+import shutil
+import signal
 import struct
 import zlib
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -13,17 +15,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_loaders import loader
+from data_loaders import images
 from data_loaders.audit.properties import measure
 from data_loaders.audit.reading import of_images
-from data_loaders.augment import PadCrop, Plain, Standard, centred, rng
+from data_loaders.augment import PadCrop, Plain, Standard, centred
 from data_loaders.contents.overview import overview, read
 from data_loaders.contents.page import write as write_page
 from data_loaders.contents.pixels import channels
 from data_loaders.decode import Undecodable, decode
+from data_loaders.faults import Refusal
 from data_loaders.index import DamagedRow, Index, Reader, open_index
 from data_loaders.ingest import Ingest, in_processes, ingest
-from data_loaders.loader import Batch, Data, cuts, exact_batches, file_batches, ids_of, training_batches
+from data_loaders.loader import (
+    MOST_AHEAD,
+    Batch,
+    Costs,
+    Data,
+    cuts,
+    exact_batches,
+    file_batches,
+    ids_of,
+    training_batches,
+)
+from data_loaders.policies import RandAugment
 from data_loaders.sampler import Stratified
 from data_loaders.shards import Shards
 from data_loaders.sources.folder import Folder
@@ -34,15 +48,20 @@ from data_loaders.torch import ShardDataset
 STEPS = range(3, 8)
 
 
-def batches(folder: Path, rank: int = 0, workers: int = 1, **settings) -> list[Batch]:
+def batches(folder: Path, rank: int = 0, workers: int = 1, costs: Costs | None = None, **settings) -> list[Batch]:
     data = Data.model_validate({"path": folder, "size": 10, "batch": 16} | settings)
     index = open_index(folder)
     sampler = data.sampler.over(index, index.rows_of(data.train), 5)
-    return list(training_batches(index, data, sampler, 5, STEPS, cuts(data.batch, workers)[rank]))
+    return list(training_batches(index, data, sampler, 5, STEPS, cuts(data.batch, workers)[rank], costs=costs))
 
 
 def same(a: list[Batch], b: list[Batch]) -> bool:
     return all(np.array_equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
+
+
+def joined(parts: list[list[Batch]]) -> list[Batch]:
+    """The whole batch of every step, of the parts that several workers have."""
+    return [Batch(*map(np.concatenate, list(zip(*step, strict=True))[:-1])) for step in zip(*parts, strict=True)]
 
 
 @given(st.integers(1, 500), st.integers(1, 64))
@@ -58,13 +77,15 @@ def test_parts_of_a_batch_are_contiguous_begin_at_even_places_and_are_about_as_l
 def test_the_global_batch_is_the_same_for_any_number_of_workers(dataset: Path, workers):
     whole = batches(dataset)
     parts = [batches(dataset, rank, workers) for rank in range(workers)]
-    joined = [Batch(*(np.concatenate(field) for field in zip(*step, strict=True))) for step in zip(*parts, strict=True)]
-    assert same(whole, joined)
+    assert same(whole, joined(parts))
 
 
-@pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (4, 2), (3, 9)])
-def test_threads_and_prefetch_change_no_batch(dataset: Path, threads, prefetch):
-    assert same(batches(dataset), batches(dataset, threads=threads, prefetch=prefetch))
+@pytest.mark.parametrize(
+    "settings", [{"threads": 1}, {"threads": 5, "memory": 1}, {"loading": "processes", "threads": 2}]
+)
+@pytest.mark.parametrize("augmentation", [Standard(rotation=20, policy=RandAugment(), cutout=3), PadCrop()])
+def test_threads_processes_and_memory_change_no_batch(dataset: Path, settings, augmentation):
+    assert same(batches(dataset, augmentation=augmentation), batches(dataset, augmentation=augmentation, **settings))
 
 
 @pytest.mark.parametrize("augmentation", [Plain(), Standard(rotation=20), PadCrop()])
@@ -76,8 +97,9 @@ def test_an_image_is_a_function_of_row_seed_and_position(dataset: Path, augmenta
         assert batch.valid.all()
         np.testing.assert_array_equal(batch.labels, index.labels[batch.rows])
         np.testing.assert_array_equal(batch.cells, index.cells[batch.rows])
+        np.testing.assert_array_equal(batch.positions, step * 16 + np.arange(16))
         for place, row in enumerate(batch.rows):
-            image = augmentation(decode(reader.read(row)), 10, rng(5, step * 16 + place))
+            image = augmentation.augmented(decode(reader.read(row)), 10, 5, step * 16 + place)
             np.testing.assert_array_equal(batch.images[place], image.transpose(2, 0, 1))
 
 
@@ -107,23 +129,123 @@ def test_an_exact_pass_sees_the_centre_and_no_augmentation(dataset: Path):
         np.testing.assert_array_equal(image, centred(decode(Reader(index).read(row)), 10).transpose(2, 0, 1))
 
 
-def test_a_damaged_row_ends_the_stream_with_its_name(dataset: Path, tmp_path: Path):
-    import shutil
-
-    folder = shutil.copytree(dataset, tmp_path / "copy")
+def damaged(dataset: Path, folder: Path, rows: list[int]) -> Path:
+    """A copy of a data set in which a bit of each of these rows is another one."""
+    shutil.copytree(dataset, folder)
     index = open_index(folder)
-    row = int(index.rows_of("train")[0])
-    shard = folder / "shards" / index.shards[index.shard[row]]
-    content = bytearray(shard.read_bytes())
-    content[index.offset[row] + 40] ^= 1
-    shard.write_bytes(content)
+    for row in rows:
+        with (folder / "shards" / index.shards[index.shard[row]]).open("r+b") as shard:
+            shard.seek(int(index.offset[row]) + 40)
+            (byte,) = shard.read(1)
+            shard.seek(-1, os.SEEK_CUR)
+            shard.write(bytes([byte ^ 1]))
+    return folder
+
+
+@pytest.mark.parametrize("loading", ["threads", "processes"])
+def test_a_damaged_row_ends_the_stream_with_its_name(dataset: Path, tmp_path: Path, loading):
+    row = int(open_index(dataset).rows_of("train")[0])
+    folder = damaged(dataset, tmp_path / "copy", [row])
     with pytest.raises(DamagedRow, match=rf"row {row} \("):
-        batches(folder, sampler=Stratified(temper=1), batch=84)
+        batches(folder, sampler=Stratified(temper=1), batch=84, loading=loading)
+
+
+def bad_rows(dataset: Path, n: int) -> list[int]:
+    """The first rows that are learnt from of the largest cell."""
+    index = open_index(dataset)
+    rows = index.rows_of("train")
+    kinds = index.labels[rows] * len(index.cell_names) + index.cells[rows]
+    return rows[kinds == np.bincount(kinds).argmax()][:n].tolist()
+
+
+@pytest.mark.parametrize("settings", [{}, {"loading": "processes"}, {"threads": 3}])
+def test_a_damaged_row_may_be_skipped_for_another_of_its_class_and_groups(
+    dataset: Path, tmp_path: Path, settings, capsys
+):
+    bad = bad_rows(dataset, 2)
+    folder = damaged(dataset, tmp_path / "copy", bad)
+    settings = {"damaged": "skip", "most_damaged": 0.02, "sampler": Stratified(temper=1), "batch": 42} | settings
+    costs, index = Costs(), open_index(folder)
+    sound, mended = batches(dataset, **settings), batches(folder, costs=costs, **settings)
+    replaced = 0
+    for before, after in zip(sound, mended, strict=True):
+        assert not np.isin(after.rows, bad).any()
+        np.testing.assert_array_equal(before.labels, after.labels)
+        np.testing.assert_array_equal(before.cells, after.cells)
+        same_row = before.rows == after.rows
+        np.testing.assert_array_equal(same_row, ~np.isin(before.rows, bad))
+        np.testing.assert_array_equal(before.images[same_row], after.images[same_row])
+        replaced += int((~same_row).sum())
+    assert replaced > 0
+    assert set(costs.skipped) == set(bad)
+    counts = costs.take_skips(len(index.cell_names), len(index.classes))
+    assert counts.sum() == replaced
+    assert counts[index.cells[bad[0]], index.labels[bad[0]]] == replaced
+    assert not costs.take_skips(len(index.cell_names), len(index.classes)).any()
+    assert all(f"row {row} (" in capsys.readouterr().err for row in bad[:1])
+    parts = [batches(folder, rank, 3, **settings) for rank in range(3)]
+    assert same(mended, joined(parts))
+
+
+def test_more_damaged_rows_than_the_ceiling_end_the_stream(dataset: Path, tmp_path: Path):
+    folder = damaged(dataset, tmp_path / "copy", bad_rows(dataset, 2))
+    with pytest.raises(Refusal, match=r"2 damaged rows were met, and data\.most_damaged lets 1 be skipped"):
+        batches(folder, damaged="skip", sampler=Stratified(temper=1), batch=84)
+
+
+def test_a_damaged_row_that_is_the_last_of_its_kind_ends_the_stream(dataset: Path, tmp_path: Path):
+    index = open_index(dataset)
+    rows = index.rows_of("train")
+    kinds = index.labels[rows] * len(index.cell_names) + index.cells[rows]
+    sizes = np.bincount(kinds)
+    bad = rows[kinds == np.flatnonzero(sizes == sizes[sizes > 0].min())[0]].tolist()
+    folder = damaged(dataset, tmp_path / "copy", bad)
+    with pytest.raises(DamagedRow):
+        batches(folder, damaged="skip", most_damaged=1.0, sampler=Stratified(temper=1), batch=84)
+
+
+def test_memory_of_batches_is_used_again_when_nobody_holds_them(dataset: Path):
+    seen = set()
+    for batch in batches_of(dataset, range(40)):
+        seen.add(batch.images.ctypes.data)
+    assert len(seen) <= MOST_AHEAD + 2
+    kept = list(batches_of(dataset, range(12)))
+    assert len({batch.images.ctypes.data for batch in kept}) == 12
+    assert same(kept, list(batches_of(dataset, range(12))))
+
+
+def batches_of(folder: Path, steps: range) -> Iterator[Batch]:
+    index, data = open_index(folder), Data(path=folder, size=10, batch=16)
+    yield from training_batches(index, data, data.sampler.over(index, data.training_rows(index), 5), 5, steps)
+
+
+def test_memory_that_holds_less_than_three_batches_is_refused(dataset: Path):
+    with pytest.raises(
+        Refusal, match=r"data\.memory: 1 MB hold less than three batches of 0\.5 MB.* data.memory=2 or more"
+    ):
+        batches(dataset, memory=1, size=100)
+
+
+def test_a_process_that_loads_and_is_killed_is_told(dataset: Path):
+    index, data = open_index(dataset), Data(path=dataset, size=10, batch=16, loading="processes", threads=1)
+    stream = training_batches(index, data, Stratified().over(index, index.rows_of("train"), 5), 5, range(1000))
+    next(stream)
+    tasks = Path("/proc/self/task").glob("*/children")
+    children = [int(pid) for task in tasks for pid in task.read_text().split()]
+    (helper,) = [pid for pid in children if b"help_with" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(helper, signal.SIGKILL)
+    with pytest.raises(Refusal, match="ended with exit code -9"):
+        for _ in stream:
+            pass
+
+
+def test_the_time_that_is_waited_is_shared_out_by_cause(dataset: Path):
+    costs = Costs()
+    batches(dataset, costs=costs, augmentation=Standard(policy=RandAugment()))
+    assert (costs.waited > 0).all()
 
 
 def test_a_stream_that_is_left_early_closes_its_files(dataset: Path):
-    import os
-
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         stream = training_batches(
@@ -225,31 +347,27 @@ def test_an_image_that_memory_is_too_short_for_is_not_called_broken(dataset: Pat
     def short(*_):
         raise Undecodable("takes more memory to decode than there is") from MemoryError()
 
-    monkeypatch.setattr(loader, "decode", short)
+    monkeypatch.setattr(images, "decode", short)
     with pytest.raises(DamagedRow) as damaged:
-        loader.picture(Reader(open_index(dataset)), 0)
+        images.picture(Reader(open_index(dataset)), 0)
     assert "more memory" in damaged.value.faults[0].fix
 
 
-@given(st.lists(st.integers(0, 29), max_size=40), st.lists(st.integers(0, 30), max_size=4))
-def test_ids_come_in_the_order_of_the_rows_however_they_are_chunked(rows, cuts):
-    names, ends = [f"ä{i}" for i in range(30)], sorted([0, *cuts, 30])
-    chunks = pa.chunked_array([pa.array(names[a:b], pa.string()) for a, b in pairwise(ends)], pa.string())
-    found = ids_of(with_ids(chunks), np.array(rows, np.int64))
+@given(st.lists(st.integers(0, 29), max_size=40))
+def test_ids_come_in_the_order_of_the_rows(rows):
+    names = [f"ä{i}" for i in range(30)]
+    found = ids_of(with_ids(pa.array(names, pa.large_string())), np.array(rows, np.int64))
     assert (found.type, found.to_pylist()) == (pa.string(), [names[row] for row in rows])
-    assert ids_of(with_ids(pa.chunked_array([], pa.string())), np.zeros(0, np.int64)).to_pylist() == []
 
 
 def test_ids_of_more_than_2_gib_can_be_taken():
-    text = pa.py_buffer(np.full(2**30, ord("x"), np.uint8))  # one piece of memory for all chunks
-    ends = pa.py_buffer(np.array([0, 1, 2**30 - 3, 2**30], np.int32))
-    chunk = pa.Array.from_buffers(pa.string(), 3, [None, ends, text])
-    chunks = pa.chunked_array([chunk] * 3)
-    with pytest.raises(pa.ArrowInvalid, match="overflow"):
-        chunks.take(pa.array([0, 5]))
-    assert ids_of(with_ids(chunks), np.array([8, 0, 5, 3])).to_pylist() == ["xxx", "x", "xxx", "x"]
+    text = pa.py_buffer(np.full(2**30, ord("x"), np.uint8))
+    ends = pa.py_buffer(np.array([0, 1, 2**30 - 3, 2**30], np.int64))
+    found = ids_of(with_ids(pa.Array.from_buffers(pa.large_string(), 3, [None, ends, text])), np.array([1, 0, 1, 2, 1]))
+    assert found.type == pa.large_string()
+    assert [len(found[i].as_buffer()) for i in range(5)] == [2**30 - 4, 1, 2**30 - 4, 3, 2**30 - 4]
 
 
-def with_ids(ids: pa.ChunkedArray) -> Index:
+def with_ids(ids: pa.Array) -> Index:
     """An index of which nothing else is known."""
-    return cast(Index, SimpleNamespace(ids=ids))
+    return cast(Index, SimpleNamespace(ids=pa.chunked_array([ids])))

@@ -64,9 +64,8 @@ def made(labels: Sequence[int] | np.ndarray, venues: Sequence[int] | np.ndarray 
     labels, venues = np.asarray(labels), np.asarray(venues, np.int64)
     names = {"venue": tuple(f"v{v}" for v in range(venues.max() + 1))} if len(venues) else {}
     groups = venues.reshape(len(labels), -1)
-    return SimpleNamespace(
-        labels=labels, groups=groups, group_values=names, classes=tuple(f"c{k}" for k in range(labels.max() + 1))
-    )
+    classes = tuple(f"c{k}" for k in range(labels.max() + 1))
+    return SimpleNamespace(label=labels, labels=labels, group=[*groups.T], group_values=names, classes=classes)
 
 
 def rows_of(index: Any) -> np.ndarray:

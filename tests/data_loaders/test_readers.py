@@ -21,6 +21,7 @@ from data_loaders.index import Reader, open_index
 from data_loaders.ingest import Ingest, in_processes, ingest
 from data_loaders.shards import Shards
 from data_loaders.sources.csv_file import Csv
+from data_loaders.torch import ShardDataset
 from jobs.card import Card
 from jobs.card import run as write_card
 from jobs.convert import Convert
@@ -53,11 +54,13 @@ ALSO = {
 }
 PLAIN = """
 import hashlib, json, sys
+import numpy as np
 def plain(row):
     if "cls" in row:  # of webdataset
         about, image = json.loads(row["json"]), next(row[k] for k in ("jpg", "png", "webp") if k in row)
         row = {**about, "label": int(row["cls"]), "image": {"bytes": image}, "crc32c": None}
-    image = hashlib.sha256(row["image"]["bytes"]).hexdigest()
+    image = row["image"]["bytes"] if isinstance(row["image"], dict) else np.asarray(row["image"], np.uint8).tobytes()
+    image = hashlib.sha256(image).hexdigest()
     return [row["id"], int(row["label"]), row["venue"], row["camera"], image, row["crc32c"] and int(row["crc32c"])]
 """
 
@@ -65,7 +68,17 @@ def plain(row):
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """90 rows of two generations, in several shards of three splits; JPEG, PNG and WebP, and a hostile class name."""
-    folder, random = tmp_path_factory.mktemp("grown"), np.random.default_rng(0)
+    return made_in(tmp_path_factory.mktemp("grown"), Shards(rows=12))
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, as pixels."""
+    return made_in(tmp_path_factory.mktemp("squares"), Shards(rows=12, encoding="raw", side=6))
+
+
+def made_in(folder: Path, shards: Shards) -> Path:
+    random = np.random.default_rng(0)
     lines = [("path", "label", "venue", "camera", "split")]
     for i in range(90):
         name = f"a/{i:03d}.{('png', 'jpg', 'webp')[i % 3]}"
@@ -79,7 +92,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with (folder / "list.csv").open("w", newline="") as file:
             csv.writer(file).writerows(lines[:end])
         source = Csv(path=folder / "list.csv", group_columns=("venue", "camera"), split_column="split")
-        settings = Ingest(source=source, out=folder / "data", append=end > 61, shards=Shards(rows=12))
+        settings = Ingest(source=source, out=folder / "data", append=end > 61, shards=shards)
         made = ingest(settings, in_processes(1))
     assert made.generation == 2
     return folder / "data"
@@ -185,7 +198,9 @@ print(json.dumps(sorted(collections.Counter(int(k) for _, k in loader).values())
 
 
 @pytest.mark.ray
-def test_ray_data_reads_the_rows_that_we_read_and_refuses_a_damaged_one(grown: Path, spoilt: Path, tmp_path: Path):
+def test_ray_data_reads_the_rows_that_we_read_and_refuses_a_damaged_one(
+    grown: Path, squares: Path, spoilt: Path, tmp_path: Path
+):
     script = f"""
 import logging, ray
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
@@ -202,9 +217,11 @@ except Exception as wrong:
     assert "DamagedRow" in str(wrong), wrong
 else:
     raise AssertionError("damage was not found")
-print(json.dumps(rows))
+data = read_ray({str(squares)!r}, "train")
+assert next(iter(data.iter_batches(batch_size=5)))["image"].shape == (5, 6, 6, 3)
+print(json.dumps([rows, sorted(plain(row) for row in data.iter_rows())]))
 """
-    assert run(grown, script, tmp_path) == sorted(ours(grown))
+    assert run(grown, script, tmp_path) == [sorted(ours(grown)), sorted(ours(squares))]
 
 
 def test_the_shards_of_a_split_are_not_those_of_another_whose_name_begins_alike(tmp_path: Path):
@@ -215,8 +232,37 @@ def test_the_shards_of_a_split_are_not_those_of_another_whose_name_begins_alike(
     assert run(tmp_path, script, tmp_path) == own
 
 
+def test_the_same_snippets_read_pixels(squares: Path, tmp_path: Path):
+    read = {name: rows.replace(UNDECODED, "data") for name, rows in ROWS.items() if name != "webdataset"}
+    read["hugging face, in place"] = "data"
+    write_card(Card(data=squares))
+    script = "found = {}\n" + "".join(
+        f"{SNIPPETS['shards']}\n{SNIPPETS[name]}\n{PLAIN}\nfound[{name!r}] = [plain(row) for row in {rows}]\n"
+        for name, rows in read.items()
+    )
+    found, expected = run(squares, f"{script}\nprint(json.dumps(found))", tmp_path), ours(squares)
+    assert len(expected) > 40
+    assert found.keys() == read.keys()
+    for name, rows in found.items():
+        assert rows == expected, name
+
+
+def test_pixels_are_arrays_in_every_tool(squares: Path, tmp_path: Path):
+    parts = [name for name in SNIPPETS if name.startswith("pixels, ")]
+    ends = "images = np.asarray(images)\nfound[{!r}] = [images.shape, str(images.dtype), images.tobytes().hex()]"
+    before = f"{SNIPPETS['shards']}\n{SNIPPETS['pixels']}\nfound = {{}}\n"
+    script = before + "\n".join(f"{SNIPPETS[name]}\n{ends.format(name)}" for name in parts)
+    found, index = run(squares, f"{script}\nprint(json.dumps(found))", tmp_path), open_index(squares)
+    rows, reader = index.rows_of("train").tolist(), Reader(index)
+    pixels = b"".join(reader.read(row) for row in rows).hex()
+    assert found == {name: [[len(rows), 6, 6, 3], "uint8", pixels] for name in parts}
+    data = ShardDataset(squares, "train")
+    assert b"".join(np.asarray(data[item][0]).tobytes() for item in range(len(data))).hex() == pixels
+
+
 def test_every_snippet_is_run_by_a_test():
-    assert SNIPPETS.keys() == ROWS.keys() | {"shards", "ray data", "pytorch"}
+    of_pixels = {name for name in SNIPPETS if name.startswith("pixels")}
+    assert SNIPPETS.keys() - of_pixels == ROWS.keys() | {"shards", "ray data", "pytorch"}
 
 
 def test_a_split_that_is_not_there_is_refused_before_ray_starts(grown: Path):

@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from data_loaders.faults import Refusal
 from data_loaders.index import open_index
 from data_loaders.sampler import Stratified, Undersampled
-from data_loaders.stream import Strata, TicketSampler, permute, tickets
+from data_loaders.stream import Strata, TicketSampler, drawn, permute, tickets
 
 strata_lists = st.lists(st.integers(0, 5), min_size=1, max_size=120).map(
     lambda drawn: np.unique(np.array(drawn), return_inverse=True)[1].reshape(-1)
@@ -114,6 +114,18 @@ def test_the_order_is_the_same_for_any_split_into_steps_and_ranks(strata, batch,
     positions = first + np.arange(batch * ranks)
     parts = [s.rows(part) for part in np.array_split(positions, ranks)]
     np.testing.assert_array_equal(np.concatenate(parts), s.rows(positions))
+
+
+@given(strata_lists, st.lists(st.integers(1, 3000), max_size=12), seeds)
+@settings(max_examples=40)
+def test_rows_drawn_for_several_batches_at_a_time_are_those_of_each(strata, lengths, seed):
+    s = sampler(strata, 0.5, seed)
+    batches = [np.arange(length) + 1000 * number for number, length in enumerate(lengths)]
+    found = list(drawn(s, iter(batches)))
+    assert len(found) == len(batches)
+    for (rows, positions), batch in zip(found, batches, strict=True):
+        np.testing.assert_array_equal(positions, batch)
+        np.testing.assert_array_equal(rows, s.rows(batch))
 
 
 def test_another_seed_is_another_order_and_another_cycle_too():

@@ -264,8 +264,8 @@ def _note_steps(note: Callable[..., None], request: Mapping[str, Any], is_last: 
 
     loaded, step, rows = loop.training_batches, Learner.step, {}
 
-    def batches(*arguments: Any) -> Iterator[Any]:
-        source = loaded(*arguments)
+    def batches(*arguments: Any, **how: Any) -> Iterator[Any]:
+        source = loaded(*arguments, **how)
         try:
             while True:
                 note(begins="loading")

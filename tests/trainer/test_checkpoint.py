@@ -36,8 +36,10 @@ def watched(config: Config, context: type[Local]) -> Seen:
     step = Learner.step
     rows: dict[int, list[int]] = {}
 
-    def batches(index: Any, data: Any, sampler: Any, seed: int, steps: range, places: range) -> Any:
-        for number, batch in zip(steps, training_batches(index, data, sampler, seed, steps, places), strict=True):
+    def batches(index: Any, data: Any, sampler: Any, seed: int, steps: range, places: range, **how: Any) -> Any:
+        for number, batch in zip(
+            steps, training_batches(index, data, sampler, seed, steps, places, **how), strict=True
+        ):
             rows[number] = batch.rows.tolist()
             yield batch
 

@@ -201,7 +201,7 @@ def test_curves_of_few_rows_say_so_and_the_same_runs_draw_the_same_curves():
 
 def test_a_share_of_the_training_rows_has_every_class_and_is_part_of_a_larger_one(dataset):
     index = open_index(dataset)
-    parts = [Data(path=dataset, fraction=f).training_rows(index) for f in (0.01, 0.1, 0.25, 0.5, 1.0)]
+    parts = [np.asarray(Data(path=dataset, fraction=f).training_rows(index)) for f in (0.01, 0.1, 0.25, 0.5, 1.0)]
     counts = [np.bincount(index.labels[rows], minlength=3).tolist() for rows in parts]
     assert counts == [[1, 1, 1], [6, 2, 1], [15, 5, 2], [30, 9, 3], [60, 18, 6]]
     assert all(set(small) < set(large) for small, large in pairwise(parts))

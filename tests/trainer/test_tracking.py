@@ -164,7 +164,7 @@ def row(step: int, n: int = 10) -> dict:
     vector = np.zeros(shape.size, np.int64)
     vector[: 4 * 9] = n * step
     tally = Tally.of(vector, shape).pack()
-    speed = {"seconds_per_step": 0.1, "waiting_for_data": 0.2, "images_per_second": 320, "pid": step}
+    speed = {"seconds_per_step": 0.1, "data_wait": 0.2, "images_per_second": 320, "pid": step}
     scores = {"validation": tally, "calibrated_nll": 0.5}
     return {"step": step, "steps": 12, "lr": 0.1, "train": tally, **scores, "speed": speed}
 
@@ -444,7 +444,7 @@ def test_a_repeated_interval_is_dropped_and_a_different_one_counted(dataset, tmp
     config = config_for(dataset, tmp_path)
     collector = Collector(dump(config))
     collector.put("step-000000004", row(4))
-    again = row(4) | {"speed": {"seconds_per_step": 9.0, "waiting_for_data": 0.0, "pid": 1}}
+    again = row(4) | {"speed": {"seconds_per_step": 9.0, "data_wait": 0.0, "pid": 1}}
     collector.put("step-000000004", again)
     assert (collector.repeated, collector.mismatched) == (1, 0)
     collector.put("step-000000004", row(4, n=11))

@@ -56,6 +56,20 @@ def table_of(
     return pa.concat_tables(parts)
 
 
+def counts_of(metric: str, counts: Ints, classes: tuple[str, ...], values: GroupValues, **key: Any) -> pa.Table:
+    """Rows of SCHEMA for those of the counts [cells, K] that are not 0, by class in each grouping."""
+    rows = []
+    for grouping in groupings(values):
+        grouped = np.zeros((len(grouping.groups), len(classes)), np.int64)
+        np.add.at(grouped, grouping.cells, counts)
+        rows += [
+            {**key, "metric": metric, "class": classes[k], "grouping": grouping.name, "group": grouping.groups[g]}
+            | {"value": float(grouped[g, k]), "n": int(grouped[g, k])}
+            for g, k in np.argwhere(grouped).tolist()
+        ]
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
 class Hidden(NamedTuple):
     """What is not told of a grouping."""
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from data_loaders.audit.finding import Finding
 from data_loaders.audit.summary import aligned
-from data_loaders.index import Index
+from data_loaders.index import Index, Rows
 from trainer.checkpoint import load_model
 from trainer.context import Local, device_for
 from trainer.evaluate import logits_of, view
@@ -108,12 +108,13 @@ def learning_curves(
     return [_curve("all", _mean(own), Points(shares, errors, resampled, len(labels))), *curves]
 
 
-def wrong_of(run: Path, index: Index, rows: Ints) -> np.ndarray:
+def wrong_of(run: Path, index: Index, rows: Rows) -> np.ndarray:
     """Whether the decision of the model in a run's folder is wrong about each of the rows, bool [N]."""
+    rows = np.asarray(rows)
     trained = load_model(run / "model", device_for("auto"))
     context = Local(run, next(trained.model.parameters()).device)
     logits = logits_of(trained.model, index, trained.config.data, rows, context)
-    return view("ledger", trained.ledger, logits, index.cells[rows]).decisions != index.labels[rows]
+    return view("ledger", trained.ledger, logits, index.cells_of(rows)).decisions != index.labels_of(rows)
 
 
 def of_several(runs: list[Run]) -> bool:
