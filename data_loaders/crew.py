@@ -143,6 +143,7 @@ class Crew:
         """Begins a batch."""
         block, images = self._blocks.take()
         images[len(rows) :] = 0
+        self._filler.expect(rows)
         parts = []
         for start in range(0, len(rows), self._rows):
             part = Part(rows[start : start + self._rows], positions[start : start + self._rows], start)

@@ -4,6 +4,8 @@ A JPEG goes through the native library if that was built; whatever it leaves (ot
 damaged) goes through Pillow, row by row, which either makes the image or says what is wrong with which row.
 """
 
+import errno
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ T = TypeVar("T")
 Decoder = Literal["auto", "pillow", "gpu"]
 CAUSES = ("read", "decode", "augment")
 """What a thread spends its time on."""
+PROBES = 8
+"""Rows of a batch that are looked for in the memory of the system."""
 
 
 def decoder_name(decoder: Decoder) -> str:
@@ -117,6 +121,26 @@ class Filler:
         if len(damaged) < len(rows):
             self.recipe.alter(images, positions)
         return Filled(np.array([read, then - began - read, perf_counter() - then]), damaged, files)
+
+    def expect(self, rows: Ints) -> None:
+        """Has the system read these rows ahead, all at once, if one of a few of them is not in its memory: to ask for
+        each costs a small image as much as to read it."""
+        samples = self.index.samples(rows)
+        with suppress(OSError):  # which the one who reads meets again
+            if any(self._is_far(samples, place) for place in range(0, len(rows), max(len(rows) // PROBES, 1))):
+                for place in np.lexsort((samples.offset, samples.shard)).tolist():
+                    number = self.reader.handle(int(samples.shard[place])).number
+                    span = int(samples.offset[place]), int(samples.length[place])
+                    os.posix_fadvise(number, *span, os.POSIX_FADV_WILLNEED)
+
+    def _is_far(self, samples: Samples, place: int) -> bool:
+        """Whether a row would have to be waited for, or the file system does not tell."""
+        number = self.reader.handle(int(samples.shard[place])).number
+        try:
+            os.preadv(number, [bytearray(1)], int(samples.offset[place]), os.RWF_NOWAIT)
+        except OSError as wrong:
+            return wrong.errno in {errno.EAGAIN, errno.EOPNOTSUPP}
+        return False
 
     def close(self) -> None:
         self.reader.close()

@@ -384,7 +384,7 @@ def uniform(seed: int, positions: Ints, purpose: int, count: int) -> Floats:
     )
     of_position = scramble(key + np.asarray(positions).astype(np.uint64) * np.uint64(GOLDEN))
     words = scramble(scramble(of_position)[:, None] ^ streams)
-    return (words >> np.uint64(11)) * 2.0**-53
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def scramble(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -379,7 +379,7 @@ def test_a_capped_audit_says_so_and_is_the_same_again(dataset: Path):
 
 def test_a_split_without_a_class_has_no_ratio_but_says_which(dataset: Path):
     index = open_index(dataset)
-    lacking = replace(index, labels=np.where(index.labels == 2, 1, index.labels))
+    lacking = replace(index, label=np.where(index.label == 2, 1, index.label).astype(np.int32))
     classes = class_counts(lacking, "train")
     assert np.isnan(classes.imbalance)
     assert "train has no row of food" in texts(audit(index, "train", 30)._replace(classes=classes))
@@ -434,7 +434,7 @@ def test_classes_of_a_few_rows_that_are_drawn_evenly_are_no_imbalance(dataset: P
     for _ in range(100):
         labels = index.labels.copy()
         labels[train] = random.integers(0, len(index.classes), len(train))
-        classes = class_counts(replace(index, labels=labels), "train")
+        classes = class_counts(replace(index, label=labels.astype(np.int32)), "train")
         told += classes.imbalance > classes.by_chance
     assert told <= 5
 

@@ -134,7 +134,7 @@ def test_samples_of_the_population_are_as_seldom_told_as_the_level_says(dataset:
     p = []
     for seed in range(300):
         drawn = np.column_stack([random.integers(0, values, len(index.labels)), index.groups[:, 1:]])
-        p.append(coverage(replace(index, groups=drawn), "train", uniform, seed).p)
+        p.append(coverage(replace(index, group=tuple(drawn.T.astype(np.int32))), "train", uniform, seed).p)
     assert np.mean(np.array(p) <= 0.05) < 0.09
 
 
@@ -215,13 +215,20 @@ def unknown(index: Index, where: np.ndarray) -> Index:
     name, values = next(iter(index.group_values.items()))
     groups = index.groups.copy()
     groups[where, 0] = len(values)
-    return replace(index, groups=groups, group_values={**index.group_values, name: (*values, "Unknown")})
+    return replace(
+        index, group=tuple(groups.T.astype(np.int32)), group_values={**index.group_values, name: (*values, "Unknown")}
+    )
 
 
 def grown(index: Index, n: int) -> Index:
     """As many rows, drawn from it."""
     rows = np.random.default_rng(3).integers(0, len(index.labels), n)
-    return replace(index, labels=index.labels[rows], groups=index.groups[rows], split=index.split[rows])
+    return replace(
+        index,
+        label=index.label[rows],
+        group=tuple(values[rows] for values in index.group),
+        in_split=index.in_split[rows],
+    )
 
 
 def test_values_that_are_missing_in_one_class_are_told_and_those_missing_anywhere_are_not(dataset: Path):

@@ -185,7 +185,7 @@ def test_batches_of_pixels_are_those_of_files(pair: tuple[Path, Path], decoder: 
     for folder in pair:
         data = Data(path=folder, size=6, batch=5, decoder=decoder)
         index = data.index()
-        rows = data.training_rows(index)
+        rows = np.asarray(data.training_rows(index))
         of_training = training_batches(index, data, data.sampler.over(index, rows, 3), 3, range(4))
         found.append([*of_training, *exact_batches(index, data, rows)])
     for one, other in zip(*found, strict=True):

@@ -58,10 +58,10 @@ def test_a_data_set_without_garbage_stays_as_it_is(data: Path, call: Call):
 
 
 def test_old_generations_go_with_their_bytes_said_and_no_row_is_lost(data: Path, call: Call):
-    gone = [data / "generations" / "000001.json", next(data.glob("index-g1-*"))]
+    gone = [data / "generations" / "000001.json", next(data.glob("index-g1-*")), next(data.glob("order-g1-*"))]
     size = sum(path.stat().st_size for path in gone)
     said = call("gc", f"data={data}", "keep=2")
-    assert said.endswith(f"removed 2 files, {size:,} bytes, from {data}\n")
+    assert said.endswith(f"removed 3 files, {size:,} bytes, from {data}\n")
     assert all(str(path) in said and not path.exists() for path in gone)
     assert [len(open_index(data, generation).labels) for generation in (2, 3)] == [8, 12]
     assert len(list((data / "shards").iterdir())) == 3
