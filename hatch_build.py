@@ -23,7 +23,10 @@ class Native(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         wanted = os.environ.get("EVENKEEL_NATIVE", "")
-        if self.target_name != "wheel" or wanted == "0":
+        if self.target_name != "wheel":
+            return
+        if wanted == "0":
+            (Path(self.root) / "data_loaders" / "native" / "rows.so").unlink(missing_ok=True)
             return
         try:
             build(Path(self.root) / "data_loaders" / "native")

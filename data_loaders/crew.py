@@ -181,8 +181,8 @@ class Helpers:
         self._all: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
     def fill(self, part: Part, number: int) -> Filled:
+        pipe = self._pipe()
         try:
-            pipe = self._pipe()
             pipe.send((part, number))
             answer = pipe.recv()
         except (EOFError, OSError) as wrong:
@@ -196,7 +196,9 @@ class Helpers:
     def _pipe(self) -> Connection:
         if not hasattr(self._mine, "pipe"):
             ours, theirs = Pipe()
-            begin = f"import sys; sys.path[:] = {sys.path}; from data_loaders.crew import help_with"
+            begin = (
+                f"import sys; sys.path[:] = {[str(path) for path in sys.path]}; from data_loaders.crew import help_with"
+            )
             command = [sys.executable, "-c", f"{begin}; help_with({theirs.fileno()}, {os.getpid()})"]
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
             theirs.close()
@@ -214,7 +216,8 @@ class Helpers:
 
 def help_with(number: int, parent: int) -> None:
     """The work of a helping process, which is told of it through the pipe with this file descriptor."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which sends it to all; the parent decides
+    for number_of_signal in (signal.SIGINT, signal.SIGTERM):  # which terminals and schedulers send to all
+        signal.signal(number_of_signal, signal.SIG_IGN)  # the parent decides: the end of the pipe ends this process
     with suppress(EOFError, OSError), Connection(number) as pipe:
         folder, manifest, recipe, shape = pipe.recv()
         filler: Filler | None = None

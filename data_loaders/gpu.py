@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from data_loaders.augment import Placing
-from data_loaders.decode import Undecodable, decode
-from data_loaders.images import Encoded, undecodable
+from data_loaders.decode import decode
+from data_loaders.images import Encoded, made
 from data_loaders.index import Index
 
 
@@ -33,8 +33,10 @@ def decode_into(images: Tensor, encoded: Encoded, index: Index) -> None:
     """Decodes on the device of the images, uint8 [B, 3, size, size], and fills their places. Raises DamagedRow."""
     try:
         pictures = _pictures(encoded.files, images.device)
-    except RuntimeError:  # it does not say which; the host decides
-        pictures = [_on_host(index, *one).to(images.device) for one in zip(encoded.rows, encoded.files, strict=True)]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # it does not say which
+        pictures = [_one(index, *one, images.device) for one in zip(encoded.rows, encoded.files, strict=True)]
     for place, picture in zip(encoded.places, pictures, strict=True):
         images[place] = _placed(picture, encoded.placing, place, images.shape[-1])
 
@@ -48,11 +50,14 @@ def _pictures(files: list[bytes], device: torch.device) -> list[Tensor]:
         return decode_jpeg(data, ImageReadMode.RGB, device=device)  # pyright: ignore[reportReturnType]
 
 
-def _on_host(index: Index, row: int, file: bytes) -> Tensor:
+def _one(index: Index, row: int, file: bytes, device: torch.device) -> Tensor:
+    """Of what the device refuses, the host decides."""
     try:
-        return torch.from_numpy(decode(file)).permute(2, 0, 1)
-    except Undecodable as wrong:
-        raise undecodable(index, row, wrong) from wrong
+        return _pictures([file], device)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return torch.from_numpy(made(index, row, file, decode)).permute(2, 0, 1).to(device)
 
 
 def _placed(picture: Tensor, placing: Placing, place: int, size: int) -> Tensor:

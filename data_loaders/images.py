@@ -13,12 +13,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal, NamedTuple, TypeVar
 
+import google_crc32c
 import numpy as np
 import PIL
 from numpy.typing import NDArray
 
 from data_loaders import native
-from data_loaders.augment import AnyAugmentation, Placing, centre, placed
+from data_loaders.augment import AnyAugmentation, Placing, centre, centred, placed
 from data_loaders.decode import Pixels, Undecodable, decode
 from data_loaders.faults import Fault
 from data_loaders.formats.header import PIXEL_CAP
@@ -37,7 +38,7 @@ PROBES = 8
 
 
 def decoder_name(decoder: Decoder) -> str:
-    """Of what makes pixels of a JPEG here: two of them may differ by a level or two."""
+    """Of what makes pixels of a JPEG here: two of them may differ by some levels."""
     return native.NAME if decoder != "pillow" and native.NAME else f"Pillow {PIL.__version__}"
 
 
@@ -106,15 +107,17 @@ class Filler:
         """The images of rows [B] at positions of the stream, into [B, size, size, 3]."""
         samples = self.index.samples(rows)
         placing = self.recipe.placing(samples.width, samples.height, positions)
-        began, read, left, files = perf_counter(), 0.0, list(range(len(rows))), list[tuple[int, bytes]]()
+        began, read, files = perf_counter(), 0.0, list[tuple[int, bytes]]()
+        left, unsure = list(range(len(rows))), set[int]()
         if self.recipe.decoder == "gpu":
             files = [(place, file) for place in left if (file := self._plain(int(rows[place]), placing.boxes[place]))]
             left = sorted({*left} - {place for place, _ in files})
         elif self._is_native:
-            left, read = self._natively(samples, placing, images)
+            status, read = self._natively(samples, placing, images)
+            left, unsure = np.flatnonzero(status).tolist(), set(np.flatnonzero(np.isin(status, native.UNSURE)).tolist())
         damaged = list[tuple[int, DamagedRow]]()
         for place in left:
-            wrong, seconds = self._one(int(rows[place]), placing, images, place)
+            wrong, seconds = self._one(int(rows[place]), placing, images, place, place in unsure)
             damaged += [(place, wrong)] if wrong else []
             read += seconds
         then = perf_counter()
@@ -129,15 +132,15 @@ class Filler:
         with suppress(OSError):  # which the one who reads meets again
             if any(self._is_far(samples, place) for place in range(0, len(rows), max(len(rows) // PROBES, 1))):
                 for place in np.lexsort((samples.offset, samples.shard)).tolist():
-                    number = self.reader.handle(int(samples.shard[place])).number
+                    handle = self.reader.handle(int(samples.shard[place]))
                     span = int(samples.offset[place]), int(samples.length[place])
-                    os.posix_fadvise(number, *span, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(handle.number, *span, os.POSIX_FADV_WILLNEED)
 
     def _is_far(self, samples: Samples, place: int) -> bool:
         """Whether a row would have to be waited for, or the file system does not tell."""
-        number = self.reader.handle(int(samples.shard[place])).number
+        handle = self.reader.handle(int(samples.shard[place]))
         try:
-            os.preadv(number, [bytearray(1)], int(samples.offset[place]), os.RWF_NOWAIT)
+            os.preadv(handle.number, [bytearray(1)], int(samples.offset[place]), os.RWF_NOWAIT)
         except OSError as wrong:
             return wrong.errno in {errno.EAGAIN, errno.EOPNOTSUPP}
         return False
@@ -145,8 +148,8 @@ class Filler:
     def close(self) -> None:
         self.reader.close()
 
-    def _natively(self, samples: Samples, placing: Placing, images: NDArray[np.uint8]) -> tuple[list[int], float]:
-        """The places that the library left, and the seconds that it took to read."""
+    def _natively(self, samples: Samples, placing: Placing, images: NDArray[np.uint8]) -> tuple[Ints, float]:
+        """Status of each place, [B], and the seconds that it took to read."""
         shards = samples.shard.tolist()
         handles = {}  # held until the library is done: another thread may close what nobody holds
         for shard in set(shards):
@@ -159,7 +162,7 @@ class Filler:
         todo["crc32c"], todo["raw"], todo["place"] = samples.image_crc32c, self.index.side, np.arange(len(shards))
         todo["box"], todo["shift"], todo["flip"] = placing.boxes, placing.shifts, placing.flips
         read, _ = native.load(todo, images)
-        return np.flatnonzero(todo["status"]).tolist(), read / 1e9
+        return todo["status"], read / 1e9
 
     def _plain(self, row: int, box: Floats) -> bytes | None:
         """The file of a row, where a GPU decodes it as the host does: an upright JPEG, RGB or grey, of which the box is
@@ -175,20 +178,51 @@ class Filler:
                 return content
         return None
 
+    def _again(self, content: bytes, row: int, placing: Placing, place: int, images: NDArray[np.uint8]) -> bool:
+        size = int(self.index.width[row]), int(self.index.height[row])
+        return natively(content, size, placing, place, images[place], self.index.side)
+
     def _one(
-        self, row: int, placing: Placing, images: NDArray[np.uint8], place: int
+        self, row: int, placing: Placing, images: NDArray[np.uint8], place: int, unsure: bool
     ) -> tuple[DamagedRow | None, float]:
-        """What is wrong with a row, and the seconds that it took to read."""
+        """What is wrong with a row, and the seconds that it took to read. Where the library could not read it, it gets
+        another chance, so that pixels do not depend on luck."""
         began = then = perf_counter()
         try:
             content = self.reader.read(row)
             then = perf_counter()
-            image = made(self.index, row, content, decode)
+            if not unsure or not self._again(content, row, placing, place, images):
+                image = made(self.index, row, content, decode)
+                box, shift, flip = placing.boxes[place], placing.shifts[place], int(placing.flips[place])
+                images[place] = placed(image, box, shift, flip, self.recipe.size)
         except DamagedRow as wrong:
             return wrong, then - began
-        box, shift, flip = placing.boxes[place], placing.shifts[place], int(placing.flips[place])
-        images[place] = placed(image, box, shift, flip, self.recipe.size)
         return None, then - began
+
+
+def natively(
+    content: bytes, size: tuple[int, int], placing: Placing, place: int, image: NDArray[np.uint8], side: int = 0
+) -> bool:
+    """Whether the library brings the file of an upright image of this width and height into its place, [S, S, 3]."""
+    todo = np.zeros(1, native.ROW)
+    todo["length"], todo["crc32c"], todo["raw"] = len(content), google_crc32c.value(content), side
+    (todo["width"], todo["height"]), todo["box"] = size, placing.boxes[place]
+    todo["shift"], todo["flip"] = placing.shifts[place], placing.flips[place]
+    with open(os.memfd_create("row", os.MFD_CLOEXEC), "wb", buffering=0) as file:
+        file.write(content)
+        todo["fd"] = file.fileno()
+        native.load(todo, image[None])
+    return not todo["status"][0]
+
+
+def evaluated(content: bytes, size: int, decoder: Decoder) -> Pixels:
+    """The image of a file as evaluation sees it, [size, size, 3]. Raises Undecodable."""
+    if decoder != "pillow" and native.NAME:
+        width, height = read_header(content, PIXEL_CAP).upright
+        image = np.empty((size, size, 3), np.uint8)
+        if natively(content, (width, height), centre(np.array([width]), np.array([height])), 0, image):
+            return image
+    return centred(decode(content), size)
 
 
 def picture(reader: Reader, row: int) -> Pixels:
@@ -221,4 +255,6 @@ def undecodable(index: Index, row: int, wrong: Undecodable) -> DamagedRow:
     fix = "give it more memory, or fewer threads" if short else "ingest again with shards.check=decode"
     where = index.folder / SHARDS / index.shards[index.shard[row]]
     fault = Fault(str(where), f"row {row} ({index.id_of(row)}) {wrong}", fix)
-    return DamagedRow("An image cannot be decoded:", [fault], 65)
+    damaged = DamagedRow("An image cannot be decoded:", [fault], 65)
+    damaged.lasts = not short
+    return damaged

@@ -33,6 +33,9 @@ NOT_OF_THE_DATA = {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.
 class DamagedRow(Refusal):
     """The bytes of a row are not those that were written."""
 
+    lasts = True
+    """Whether it is the data that is damaged, and not the way to it, or the memory to decode it, that fails for now."""
+
 
 FIELDS = {
     "label": pa.int32(),
@@ -202,6 +205,15 @@ class Index:
             fix = f"it has {', '.join(self.splits)}"
             raise Refusal("A split is missing:", [Fault(str(self.folder), f"no split {split!r}", fix)], 65)
         return self.splits.index(split)
+
+    def kind_of(self, row: int) -> Ints:
+        """All rows of the split, class and groups of a row, in their order."""
+        of = self.by_cell
+        is_same = (of.split == self.in_split[row]) & (of.label == self.label[row])
+        for column, values in enumerate(self.group):
+            is_same &= of.groups[:, column] == values[row]
+        (stratum,) = np.flatnonzero(is_same).tolist()
+        return of.rows[of.first[stratum] : of.first[stratum] + of.sizes[stratum]]
 
     def class_sizes(self, rows: "Rows") -> Ints:
         """How many of these rows are of each class, [K]; of a whole split at no cost."""
@@ -460,19 +472,21 @@ class Reader:
 
     def _read(self, row: int) -> bytes:
         i, shard = self.index, int(self.index.shard[row])
+        what, lasts = "is not as it was written", True
         try:
             handle = self.handle(shard)
             content = os.pread(handle.number, int(i.length[row]), int(i.offset[row]))
-            what = "is not as it was written"
         except OSError as wrong:
             if wrong.errno in NOT_OF_THE_DATA:
                 raise
-            content, what = b"", f"cannot be read: {os.strerror(wrong.errno or 0).lower()}"
+            content, what, lasts = b"", f"cannot be read: {os.strerror(wrong.errno or 0).lower()}", False
         if not self.agrees(row, content):
             i.check(wait=True)  # or the damage is that of the index
             where = i.folder / SHARDS / i.shards[shard]
             fault = Fault(str(where), f"row {row} ({i.id_of(row)}) {what}", "ingest again, or restore it")
-            raise DamagedRow("The data set is damaged:", [fault], 65)
+            damaged = DamagedRow("The data set is damaged:", [fault], 65)
+            damaged.lasts = lasts
+            raise damaged
         return content
 
     def agrees(self, row: int, content: bytes) -> bool:
@@ -489,10 +503,14 @@ class Reader:
     def _open(self, shard: int) -> Handle:
         with self._opening:
             if shard not in self._handles:
-                if len(self._handles) >= HANDLES:
-                    del self._handles[next(iter(self._handles))]  # a thread that reads from it holds it still
-                self._handles[shard] = Handle(self.index.folder / SHARDS / self.index.shards[shard])
+                self._keep(shard, Handle(self.index.folder / SHARDS / self.index.shards[shard]))
             return self._handles[shard]
+
+    def _keep(self, shard: int, handle: Handle) -> None:
+        """In place of another one, if there are too many; a thread that reads from that holds it still."""
+        if shard not in self._handles and len(self._handles) >= HANDLES:
+            del self._handles[next(iter(self._handles))]
+        self._handles[shard] = handle
 
     def close(self) -> None:
         with self._opening:

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Literal, NamedTuple
@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt
 
 from data_loaders import manifest
-from data_loaders.augment import AnyAugmentation, Standard, centred
+from data_loaders.augment import AnyAugmentation, Standard
 from data_loaders.crew import Begun, Crew, Loading
-from data_loaders.decode import Pixels, Undecodable, decode
+from data_loaders.decode import Pixels, Undecodable
 from data_loaders.faults import Fault, Refusal
-from data_loaders.images import CAUSES, Decoder, Encoded, Filled, Recipe
+from data_loaders.images import CAUSES, Decoder, Encoded, Filled, Recipe, evaluated
 from data_loaders.index import DamagedRow, Index, Ints, Rows, open_index
 from data_loaders.progress import say
 from data_loaders.sampler import AnySampler, Stratified
@@ -69,7 +69,7 @@ class Data(Settings):
     """10^6 bytes, in each worker, that hold batches: the one that is learnt from and up to four ahead of it."""
     decoder: Decoder = "auto"
     """Of JPEG: auto is the native library where it was built, else Pillow; gpu is nvJPEG for training images, where
-    there is one. Their pixels may differ by a level or two, so the one that was used is kept with the run."""
+    there is one. Their pixels may differ by some levels, so the one that was used is kept with the run."""
     cache: Path | None = None
     """Folder on a disk of the machine that loads, for copies of shards that lie afar (on NFS, say): they are made in
     the background, checked, shared by all workers there, and kept for the next run."""
@@ -126,6 +126,8 @@ class Batch(NamedTuple):
     """[B]"""
     positions: Ints
     """Of the stream, [B], in training; of evaluation, the rows."""
+    replaced: NDArray[np.bool_]
+    """Whether another row took the place of one that is damaged, of the same class and cell, [B]."""
     encoded: Encoded | None = None
     """What a GPU is still to decode into `images`, with `data.decoder=gpu`."""
 
@@ -136,17 +138,8 @@ class Costs:
 
     waited: Floats = field(default_factory=lambda: np.zeros(len(CAUSES)))
     """Seconds, [3], shared out by what the threads spent on the batches that were waited for."""
-    skipped: dict[int, str] = field(default_factory=dict)
-    """Damaged rows, and what is wrong with each."""
-    skips: list[tuple[int, int]] = field(default_factory=list)
-    """Cell and class of each place that another row took."""
-
-    def take_skips(self, cells: int, classes: int) -> Ints:
-        """How many places, [cells, classes], since the last call."""
-        counts = np.zeros((cells, classes), np.int64)
-        while self.skips:
-            counts[self.skips.pop()] += 1
-        return counts
+    damaged: set[int] = field(default_factory=set)
+    """Rows that were skipped, and those that were tried in their place and are damaged too."""
 
 
 def ids_of(index: Index, rows: Ints) -> pa.Array:
@@ -217,16 +210,21 @@ def _batches(
         while ahead:
             begun = ahead.popleft()
             began = perf_counter()
-            filled = begun.wait()
+            try:
+                filled = begun.wait()
+            except Exception:
+                index.check(wait=True)  # or it is because of a damaged index
+                raise
             _share_out(perf_counter() - began, filled, costs)
-            files = [file for done in filled for file in done.files]
-            for place, wrong in chain.from_iterable(done.damaged for done in filled):
-                if mend is None:
+            files, damaged = ([one for done in filled for one in getattr(done, name)] for name in ("files", "damaged"))
+            index.check(wait=bool(damaged))
+            for place, wrong in damaged:
+                if mend is None or not wrong.lasts:
                     raise wrong
                 files += [(place, file) for _, file in mend(crew, begun, place, wrong).files]
-            index.check()
             ahead.extend(crew.start(*item) for item in islice(plan, 1))
-            yield _batch(index, begun.rows, begun.positions, begun.images, _encoded(index, recipe, begun, files))
+            replaced = [place for place, _ in damaged]
+            yield _batch(index, begun, replaced, _encoded(index, recipe, begun, files))
             del begun  # so that its memory is free as soon as whoever took the batch is done with it
         index.check(wait=True)
 
@@ -240,11 +238,13 @@ def _encoded(index: Index, recipe: Recipe, begun: Begun, files: list[tuple[int, 
     return Encoded(begun.rows[places].tolist(), places, [file for _, file in files], placing)
 
 
-def _batch(index: Index, rows: Ints, positions: Ints, images: NDArray[np.uint8], encoded: Encoded | None) -> Batch:
-    n, numbers = len(rows), np.zeros((4, len(images)), np.int64)
-    numbers[:, :n] = index.labels_of(rows), index.cells_of(rows), rows, positions
-    valid = np.arange(len(images)) < n
-    return Batch(images.transpose(0, 3, 1, 2), numbers[0], numbers[1], numbers[2], valid, numbers[3], encoded)
+def _batch(index: Index, begun: Begun, replaced: list[int], encoded: Encoded | None) -> Batch:
+    n, rows, places = len(begun.rows), begun.rows, len(begun.images)
+    numbers, flags = np.zeros((4, places), np.int64), np.zeros((2, places), np.bool_)
+    numbers[:, :n] = index.labels_of(rows), index.cells_of(rows), rows, begun.positions
+    flags[0, :n], flags[1, replaced] = True, True
+    labels, cells, rows, positions = numbers
+    return Batch(begun.images.transpose(0, 3, 1, 2), labels, cells, rows, flags[0], positions, flags[1], encoded)
 
 
 def _share_out(seconds: float, filled: list[Filled], costs: Costs) -> None:
@@ -254,8 +254,8 @@ def _share_out(seconds: float, filled: list[Filled], costs: Costs) -> None:
 
 @dataclass(frozen=True)
 class Mend:
-    """Puts another row of the same class and groups in the place of a damaged one: the next such row of the stream, so
-    that a resume, or other workers, find the same."""
+    """Puts another row of the same class and groups in the place of a damaged one: a function of the position, so that
+    a resume, or other workers, find the same."""
 
     index: Index
     data: Data
@@ -266,39 +266,48 @@ class Mend:
         """Puts row and image in the place. Raises what is wrong where no row of the kind is left."""
         row, position = int(begun.rows[place]), int(begun.positions[place])
         self._note(row, wrong)
-        (label,), (cell,) = self.index.labels_of(begun.rows[[place]]), self.index.cells_of(begun.rows[[place]])
-        self.costs.skips.append((int(cell), int(label)))
         for other in self._others(row, position):
-            if other not in self.costs.skipped:
-                done = crew.fill(other, position, begun.images[place])
-                if not done.damaged:
-                    begun.rows[place] = other
-                    return done
-                self._note(other, done.damaged[0][1])
+            done = crew.fill(other, position, begun.images[place])
+            if not done.damaged:
+                begun.rows[place] = other
+                return done
+            if not done.damaged[0][1].lasts:
+                raise done.damaged[0][1]
+            self._note(other, done.damaged[0][1])
         raise wrong
 
     def _note(self, row: int, wrong: DamagedRow) -> None:
-        if row in self.costs.skipped:
-            return
-        self.costs.skipped[row] = str(wrong.faults[0])
-        say(f"skipping {wrong.faults[0]}")
-        found, most = len(self.costs.skipped), max(1, int(self.data.most_damaged * len(self.index)))
-        if found > most:
-            what = f"{found} damaged rows were met, and data.most_damaged lets {most} be skipped"
-            fix = "run `python -m jobs.verify` and restore the data set, or raise the ceiling"
-            raise Refusal("Too many rows are damaged:", [Fault(str(self.index.folder), what, fix)], 65)
+        if row not in self.costs.damaged:
+            self.costs.damaged.add(row)
+            say(f"skipping {wrong.faults[0]}")
+            refuse_too_many(self.index, self.data, len(self.costs.damaged))
 
     def _others(self, row: int, position: int) -> Iterator[int]:
-        """Rows of the class and cell of a row, in the order in which they stand behind a position."""
-        index, seen = self.index, {row}
-        (label,), (cell,) = index.labels_of(np.array([row])), index.cells_of(np.array([row]))
+        """Rows of the class and cell of a row, each once: in the order in which they stand behind a position and, of
+        rare kinds, then as they lie in the data set, from a place that the position says."""
+        index, seen, (cell,) = self.index, {row}, self.index.cells_of(np.array([row]))
         for start in range(position + 1, position + 1 + LOOKED_AT, 1024):
             rows = self.sampler.rows(np.arange(start, start + 1024))
-            of_kind = (index.labels_of(rows) == label) & (index.cells_of(rows) == cell)
-            for other in rows[of_kind].tolist():
-                if other not in seen:
-                    seen.add(other)
-                    yield other
+            of_kind = (index.labels_of(rows) == index.label[row]) & (index.cells_of(rows) == cell)
+            yield from _unseen(rows[of_kind], seen)
+        rows = index.kind_of(row)
+        yield from _unseen(np.roll(rows, -int(scramble(np.array([position], np.uint64))[0] % len(rows))), seen)
+
+
+def _unseen(rows: Ints, seen: set[int]) -> Iterator[int]:
+    for row in rows.tolist():
+        if row not in seen:
+            seen.add(row)
+            yield row
+
+
+def refuse_too_many(index: Index, data: Data, damaged: int) -> None:
+    """Raises Refusal (65) where so many rows may not be skipped."""
+    most = max(1, int(data.most_damaged * len(index)))
+    if damaged > most:
+        what = f"{damaged} damaged rows were met, and data.most_damaged lets {most} be skipped"
+        fix = "run `python -m jobs.verify` and restore the data set, or raise the ceiling"
+        raise Refusal("Too many rows are damaged:", [Fault(str(index.folder), what, fix)], 65)
 
 
 def file_batches(
@@ -315,7 +324,7 @@ def file_batches(
 
     def load(row: Row, content: bytes | Rejected) -> Pixels | Rejected:
         try:
-            return content if isinstance(content, Rejected) else centred(decode(content), data.size)
+            return content if isinstance(content, Rejected) else evaluated(content, data.size, data.decoder)
         except Undecodable as wrong:
             return rejected(row, wrong)
 

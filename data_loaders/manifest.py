@@ -171,7 +171,9 @@ def publish(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def fingerprint(tree: Mapping[str, Any]) -> str:
-    return _digest({name: tree[name] for name in ("classes", "groups", "splits", "index", "shards")})[:16]
+    return _digest({name: tree[name] for name in ("classes", "groups", "splits", "side", "index", "order", "shards")})[
+        :16
+    ]
 
 
 def checksum(tree: Mapping[str, Any]) -> str:

@@ -32,23 +32,34 @@ def copy_of(cache: Path, shard: File) -> Path:
     return cache / f"{shard.sha256}.arrow"
 
 
+def is_safe(cache: Path) -> bool:
+    """Whether nobody else may write to the folder, which is made where it is missing: copies are trusted. Raises
+    OSError."""
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    about = cache.stat()
+    return about.st_uid == os.geteuid() and not about.st_mode & 0o022
+
+
 class StagedReader(Reader):
     """Reads shards from their copies, as far as there are any."""
 
     def __init__(self, index: Index, cache: Path) -> None:
         super().__init__(index)
-        self._cache = cache
+        self._cache, self._is_safe = cache, False
+        with suppress(OSError):  # the one who copies tells
+            self._is_safe = is_safe(cache)
         self._copied: set[int] = set()
         """Shards whose open file is a copy."""
         self._looked: dict[int, float] = {}
 
     def handle(self, shard: int) -> Handle:
-        if shard not in self._copied and monotonic() > self._looked.get(shard, 0.0) + LOOK_S:
+        due = self._looked.get(shard, 0.0) + LOOK_S
+        if self._is_safe and shard not in self._copied and monotonic() > due:
             self._looked[shard] = monotonic()
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 handle = Handle(copy_of(self._cache, self.index.manifest.shards[shard]))
                 with self._opening:
-                    self._handles[shard] = handle
+                    self._keep(shard, handle)
                     self._copied.add(shard)
         return super().handle(shard)
 
@@ -89,13 +100,15 @@ class Stager:
 
     def _work(self) -> None:
         try:
-            self._cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not is_safe(self._cache):
+                say(f"{self._cache} is not a folder that you alone may write to: shards are read from {self._folder}")
+                return
             for shard in self._shards:
                 if self._stopped.is_set():
                     return
                 disk = shutil.disk_usage(self._cache)
                 if disk.free - shard.bytes < ROOM * disk.total:
-                    say(f"{self._cache} has no room for more shards: they are read from {self._folder}")
+                    say(f"{self._cache} has no room for more: shards are read from {self._folder}")
                     return
                 self._stage(shard)
         except OSError as wrong:
@@ -106,18 +119,21 @@ class Stager:
         if copy.exists():
             return
         aside = copy.with_name(f".{copy.name}.tmp")  # one name for all processes: who has the lock copies
-        with aside.open("ab") as sink:
+        with open(os.open(aside, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "r+b") as sink:
             try:
                 fcntl.flock(sink, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return
-            sink.truncate(0)  # what a process that was killed has left
-            if not copy.exists() and self._is_copied(shard, sink):
-                sink.flush()
-                os.fsync(sink.fileno())
-                os.replace(aside, copy)
-                durable.flush(self._cache)
-            else:
+            if not aside.exists() or aside.stat().st_ino != os.fstat(sink.fileno()).st_ino:
+                return  # another process has published it, or given it up, in between
+            try:
+                sink.truncate(0)  # what a process that was killed has left
+                if self._is_copied(shard, sink):
+                    sink.flush()
+                    os.fsync(sink.fileno())
+                    os.replace(aside, copy)
+                    durable.flush(self._cache)
+            finally:
                 aside.unlink(missing_ok=True)
 
     def _is_copied(self, shard: File, sink: BinaryIO) -> bool:

@@ -72,7 +72,7 @@ def parsed(path: Path) -> dict[str, Any]:
         tree = json.loads(content_of(path, 2**30))
         require((tree["format"], tree["version"]) == ("evenkeel-dataset", 3), f"{path}: is of another format")
         require(digest({k: v for k, v in tree.items() if k != "checksum"}) == tree["checksum"], f"{path}: is damaged")
-        rows_are = {name: tree[name] for name in ("classes", "groups", "splits", "index", "shards")}
+        rows_are = {name: tree[name] for name in ("classes", "groups", "splits", "side", "index", "order", "shards")}
         require(digest(rows_are)[:16] == tree["fingerprint"], f"{path}: is damaged")
         require(all(isinstance(tree[name], kind) for name, kind in LISTS.items()), f"{path}: is forged")
         for file in (tree["index"], tree["order"], *tree["shards"]):

@@ -21,7 +21,7 @@ from data_loaders.faults import Fault, Refusal
 from data_loaders.gpu import decode_into, is_here
 from data_loaders.images import CAUSES, decoder_name
 from data_loaders.index import Index, Rows
-from data_loaders.loader import Batch, Costs, Data, ids_of, training_batches
+from data_loaders.loader import Batch, Costs, Data, ids_of, refuse_too_many, training_batches
 from data_loaders.progress import say
 from data_loaders.stream import Sampler
 from trainer import checkpoint
@@ -37,6 +37,7 @@ from trainer.losses import Known
 from trainer.metrics.tally import Shape, Tally, count
 from trainer.mixing import Images
 
+NO_IMAGES = np.zeros((0, 3, 0, 0), np.uint8)
 MOST_NAMED = 10
 """Images that a message names."""
 LOWER = "lower it, lengthen optimizer.warmup or set optimizer.clip"
@@ -65,10 +66,11 @@ def fit(config: Config, context: Context) -> None:
     seen = torch.zeros(shape.size, dtype=torch.int64, device=context.device)  # all samples since the start of the run
     since = torch.zeros_like(seen)  # this worker's samples since `seen` was brought up to date
     skipped = torch.zeros(shape.groups, shape.classes, dtype=torch.int64)  # draws of damaged rows since the start
+    skips = torch.zeros_like(skipped)  # this worker's, since `skipped` was brought up to date
     identity = identity_of(config, index)
     machine = machine_of(config, context)
-    first, best = _go_on(identity, context, learner, seen, skipped, machine)
     pace = Pace()
+    first, best = _go_on(identity, context, learner, seen, skipped, pace.costs, machine)
 
     def state(report: Row | None) -> checkpoint.State:
         """Of a checkpoint to be: adds to `seen` what all workers have seen since. None is ever made of no numbers."""
@@ -77,13 +79,21 @@ def fit(config: Config, context: Context) -> None:
             raise Refusal("Training diverged:", [Fault("optimizer.lr", what, LOWER)], 65)
         seen.add_(context.sum(since))
         since.zero_()
-        skipped.add_(context.sum(torch.from_numpy(pace.costs.take_skips(*skipped.shape)).to(context.device)).cpu())
+        index.check(wait=True)
+        skipped.add_(context.sum(skips.to(context.device)).cpu())
+        skips.zero_()
+        pace.costs.damaged |= _damaged_anywhere(pace.costs.damaged, context)
+        refuse_too_many(index, config.data, len(pace.costs.damaged))
         return checkpoint.State(done, identity, report, best, machine)
 
     def save(given: checkpoint.State) -> None:
         if context.rank == 0:
             files, plain = learner.learned()
-            writer.save(given, checkpoint.Learned({**files, "tally": {"seen": seen, "skipped": skipped}}, plain))
+            damaged = torch.tensor(sorted(pace.costs.damaged), dtype=torch.int64)
+            writer.save(
+                given,
+                checkpoint.Learned({**files, "tally": {"seen": seen, "skipped": skipped, "damaged": damaged}}, plain),
+            )
 
     done, over = first, _is_spent(config, first, best)
     with (
@@ -95,13 +105,14 @@ def fit(config: Config, context: Context) -> None:
         while done < steps and not over:
             context.progress(done, "loading data")
             with pace.waiting():
-                batch, partners = next(batches)
+                batch, partners, replaced = next(batches)
             context.progress(done, "computing")
             outcome = learner.step(batch, partners, done)
             with torch.no_grad():
                 z, labels, cells = outcome
                 valid = torch.ones_like(labels, dtype=torch.bool)
                 count(since, z.log_softmax(1), z.argmax(1), labels, cells, valid, shape)
+            skips.index_put_(replaced, torch.ones(len(replaced[0]), dtype=torch.int64), accumulate=True)
             done += 1
 
             is_due = done % config.train.report_every == 0 or done == steps
@@ -177,7 +188,13 @@ def ledger_after(step: int, steps: int, config: Config, index: Index, known: lis
 
 
 def _go_on(
-    identity: str, context: Context, learner: Learner, seen: Tensor, skipped: Tensor, machine: dict[str, str | int]
+    identity: str,
+    context: Context,
+    learner: Learner,
+    seen: Tensor,
+    skipped: Tensor,
+    costs: Costs,
+    machine: dict[str, str | int],
 ) -> tuple[int, checkpoint.Best | None]:
     """Loads the newest checkpoint that verifies: the steps that are done, and the best of them."""
     folder = _agreed(context)
@@ -192,6 +209,7 @@ def _go_on(
     learner.load(learned)
     seen.copy_(learned.tensors["tally"]["seen"])
     skipped.copy_(learned.tensors["tally"]["skipped"])
+    costs.damaged.update(learned.tensors["tally"]["damaged"].tolist())
     if context.rank == 0:
         say(f"going on from step {state.step:,}")
         former = state.machine or {}
@@ -243,14 +261,15 @@ def _batches(
     learner: Learner,
     context: Context,
     costs: Costs,
-) -> Generator[tuple[Images, Images | None]]:
-    """This worker's part of the batch of every step, on the device, and of the images that are mixed into it."""
+) -> Generator[tuple[Images, Images | None, tuple[Tensor, Tensor]]]:
+    """This worker's part of the batch of every step, on the device, and of the images that are mixed into it; and cell
+    and class of each of them that is in the place of a damaged row."""
     places = range(learner.places[0].start, learner.places[-1].stop)
 
     is_gpu = context.device.type == "cuda"
     data = _decodable(config.data, context)
 
-    def on_device(sampler: Sampler, seed: int) -> Generator[Images]:
+    def on_device(sampler: Sampler, seed: int) -> Generator[tuple[Images, Batch]]:
         batches = training_batches(
             index, data, sampler, seed, steps, places, costs=costs, alters=not is_gpu, pinned=is_gpu
         )
@@ -261,13 +280,33 @@ def _batches(
     own = on_device(stream, config.seed)
     if config.mixing.partners is None:
         with contextlib.closing(own):
-            yield from ((images, None) for images in own)
+            yield from ((images, None, _replaced(batch)) for images, batch in own)
         return
     partners = on_device(
         partner_stream(config, index, rows, steps.stop * config.data.batch), word(config.seed, PARTNERS)
     )
     with contextlib.closing(own), contextlib.closing(partners):
-        yield from zip(own, partners, strict=True)
+        for (images, batch), (others, another) in zip(own, partners, strict=True):
+            yield images, others, _replaced(batch, another)
+
+
+def _replaced(*batches: Batch) -> tuple[Tensor, Tensor]:
+    """Cell and class of each place that another row took."""
+    cells = np.concatenate([batch.cells[batch.replaced] for batch in batches])
+    labels = np.concatenate([batch.labels[batch.replaced] for batch in batches])
+    return torch.from_numpy(cells), torch.from_numpy(labels)
+
+
+def _damaged_anywhere(rows: set[int], context: Context) -> set[int]:
+    """The damaged rows that any worker knows of; all call it."""
+    counts = torch.zeros(context.workers, dtype=torch.int64, device=context.device)
+    counts[context.rank] = len(rows)
+    counts = context.sum(counts).tolist()
+    if not any(counts):
+        return set()
+    known = torch.zeros(sum(counts), dtype=torch.int64, device=context.device)
+    known[sum(counts[: context.rank]) :][: len(rows)] = torch.tensor(sorted(rows), device=context.device)
+    return set(context.sum(known).tolist())
 
 
 def _decodable(data: Data, context: Context) -> Data:
@@ -279,12 +318,14 @@ def _decodable(data: Data, context: Context) -> Data:
     return data.model_copy(update={"decoder": "auto"})
 
 
-def _ahead(batches: Generator[Batch], data: Data, index: Index, seed: int, device: torch.device) -> Generator[Images]:
-    """Batches on the device; a GPU gets the next one on a stream of its own, while it computes, and alters its pixels
-    there."""
+def _ahead(
+    batches: Generator[Batch], data: Data, index: Index, seed: int, device: torch.device
+) -> Generator[tuple[Images, Batch]]:
+    """Batches on the device, each beside what it was on the host; a GPU gets the next one on a stream of its own, while
+    it computes, and alters its pixels there."""
     with contextlib.closing(batches):
         if device.type != "cuda":
-            yield from (_images(batch) for batch in batches)
+            yield from ((_images(batch), batch) for batch in batches)
             return
         side, ahead, arrived = torch.cuda.Stream(device), None, torch.cuda.Event()
         for batch in chain(batches, [None]):
@@ -292,15 +333,16 @@ def _ahead(batches: Generator[Batch], data: Data, index: Index, seed: int, devic
             if batch is not None:
                 pinned = [part if part.is_pinned() else part.pin_memory() for part in _images(batch)]
                 with torch.cuda.stream(side):
-                    coming = Images(*(part.to(device, non_blocking=True) for part in pinned))
+                    images = Images(*(part.to(device, non_blocking=True) for part in pinned))
                     if batch.encoded:
-                        decode_into(coming.images, batch.encoded, index)
+                        decode_into(images.images, batch.encoded, index)
                     if data.augmentation.alters:
-                        altered = data.augmentation.alter(coming.images, seed, batch.positions)
-                        coming = coming._replace(images=altered)
+                        altered = data.augmentation.alter(images.images, seed, batch.positions)
+                        images = images._replace(images=altered)
+                coming = images, batch._replace(images=NO_IMAGES, encoded=None)  # the memory is to be used again
             if ahead is not None:
                 torch.cuda.current_stream(device).wait_event(arrived)
-                for part in ahead:
+                for part in ahead[0]:
                     part.record_stream(torch.cuda.current_stream(device))
                 yield ahead
             ahead, arrived = coming, side.record_event()

@@ -142,6 +142,7 @@ def check(config: Config) -> Index:
     device_for(config.cluster.device, 0, config.cluster.most if config.cluster.is_here else 0)
     rows = config.data.training_rows(index)
     steps = config.train.total(len(rows), config.data.batch)
+    config.data.ahead(config.data.batch)  # of evaluation, whose batches are whole on every worker
     config.model.start_hash()
     for workers in {config.cluster.least, config.cluster.most}:
         check_workers(config, workers)

@@ -34,6 +34,10 @@ ROW = np.dtype(
 place in `images`; box, shift and flip as in `augment.Placing`. `raw` is 0 of a JPEG file, else the side of a square of
 RGB pixels. `status` is set to 0 where the image lies in its place, else to what is not plain about it."""
 
+UNSURE = (1, 2, 6)
+"""Status of a row that was not read, or not as it was written, or for which there was no memory: another time it may
+be, unlike what is not plain."""
+
 
 def _library() -> ctypes.CDLL | None:
     """The library, if it was made of the source that lies beside it: another would take other rows."""

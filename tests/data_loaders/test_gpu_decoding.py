@@ -44,8 +44,11 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Index:
     return open_index(folder / "data")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("augmentation", [Standard(area=(0.3, 1.0), flip_vertical=0.5), PadCrop(padding=6)])
-def test_images_decoded_on_a_device_are_those_of_the_host_but_for_a_few_levels(photos: Index, augmentation):
+def test_images_decoded_on_a_device_are_those_of_the_host_but_for_a_few_levels(photos: Index, augmentation, device):
+    if device == "cuda" and not (torch.cuda.is_available() and gpu.is_here(torch.device("cuda"))):
+        pytest.skip("no GPU that decodes JPEGs")
     rows = positions = np.arange(6)
     wanted = np.zeros((6, 32, 32, 3), np.uint8)
     Filler(photos, Recipe(32, "pillow", augmentation, 1)).fill(rows, positions, wanted)
@@ -54,9 +57,9 @@ def test_images_decoded_on_a_device_are_those_of_the_host_but_for_a_few_levels(p
     names = [photos.id_of(row) for row in rows]
     assert [names[place] for place, _ in filled.files] == [n for n in names if n not in {"dog/3.jpg", "dog/5.png"}]
     assert not images[[place for place, _ in filled.files]].any()
-    found = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    found = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)
     gpu.decode_into(found, encoded_of(photos, augmentation), photos)
-    difference = np.abs(found.permute(0, 2, 3, 1).numpy().astype(int) - wanted)
+    difference = np.abs(found.permute(0, 2, 3, 1).cpu().numpy().astype(int) - wanted)
     assert difference.mean() < 1.5
     assert difference.max() < 24  # at the borders of crops that are not whole pixels, and of what is shifted
 

@@ -369,8 +369,7 @@ def test_a_forged_order_is_found_by_the_opening_or_by_verify(copy: Path, how, le
     else:
         with pytest.raises(Refusal, match=rf"{path.name}: does not fit the manifest"):
             open_index(copy)
-    (fault, *_) = verify(copy).faults
-    assert fault.where == str(path)
+    assert str(path) in [fault.where for fault in verify(copy).faults]
 
 
 def test_an_index_of_several_batches_is_refused(copy: Path):

@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_loaders import images
+from data_loaders import images, loader
 from data_loaders.audit.properties import measure
 from data_loaders.audit.reading import of_images
 from data_loaders.augment import PadCrop, Plain, Standard, centred
@@ -165,7 +166,7 @@ def test_a_damaged_row_may_be_skipped_for_another_of_its_class_and_groups(
     bad = bad_rows(dataset, 2)
     folder = damaged(dataset, tmp_path / "copy", bad)
     settings = {"damaged": "skip", "most_damaged": 0.02, "sampler": Stratified(temper=1), "batch": 42} | settings
-    costs, index = Costs(), open_index(folder)
+    costs = Costs()
     sound, mended = batches(dataset, **settings), batches(folder, costs=costs, **settings)
     replaced = 0
     for before, after in zip(sound, mended, strict=True):
@@ -175,16 +176,43 @@ def test_a_damaged_row_may_be_skipped_for_another_of_its_class_and_groups(
         same_row = before.rows == after.rows
         np.testing.assert_array_equal(same_row, ~np.isin(before.rows, bad))
         np.testing.assert_array_equal(before.images[same_row], after.images[same_row])
-        replaced += int((~same_row).sum())
+        np.testing.assert_array_equal(after.replaced, ~same_row)
+        replaced += int(after.replaced.sum())
     assert replaced > 0
-    assert set(costs.skipped) == set(bad)
-    counts = costs.take_skips(len(index.cell_names), len(index.classes))
-    assert counts.sum() == replaced
-    assert counts[index.cells[bad[0]], index.labels[bad[0]]] == replaced
-    assert not costs.take_skips(len(index.cell_names), len(index.classes)).any()
+    assert costs.damaged == set(bad)
     assert all(f"row {row} (" in capsys.readouterr().err for row in bad[:1])
     parts = [batches(folder, rank, 3, **settings) for rank in range(3)]
     assert same(mended, joined(parts))
+
+
+def test_what_fails_for_now_is_never_skipped(dataset: Path, monkeypatch):
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "pread", stale)
+    with pytest.raises(DamagedRow, match="cannot be read: stale file handle"):
+        batches(dataset, damaged="skip", most_damaged=1.0)
+    monkeypatch.undo()
+
+    def short(*_):
+        raise Undecodable("takes more memory to decode than there is") from MemoryError()
+
+    monkeypatch.setattr(images, "decode", short)
+    with pytest.raises(DamagedRow, match="more memory"):
+        batches(dataset, damaged="skip", most_damaged=1.0)
+
+
+def test_of_a_rare_kind_another_row_is_found_however_far_away(dataset: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(loader, "LOOKED_AT", 0)
+    bad = bad_rows(dataset, 1)
+    folder = damaged(dataset, tmp_path / "copy", bad)
+    settings = {"damaged": "skip", "sampler": Stratified(temper=1), "batch": 42}
+    one, two = batches(folder, **settings), batches(folder, **settings, threads=3)
+    assert sum(int(batch.replaced.sum()) for batch in one) > 0
+    assert same(one, two)
+    for before, after in zip(batches(dataset, **settings), one, strict=True):
+        np.testing.assert_array_equal(before.cells, after.cells)
+        np.testing.assert_array_equal(before.labels, after.labels)
 
 
 def test_more_damaged_rows_than_the_ceiling_end_the_stream(dataset: Path, tmp_path: Path):
@@ -271,6 +299,24 @@ def test_files_outside_of_a_data_set_are_read_and_bad_ones_told(dataset: Path, t
     assert [row.id for _, good, _ in found for row in good] == ["0.png", "1.png", "3.png", "4.png"]
     assert [r.row.id for _, _, bad in found for r in bad] == ["2.png"]
     assert [int(images[0, 0, 0, 0]) for images, _, _ in found] == [0, 3, 4]
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pillow"])
+def test_files_are_seen_as_evaluation_sees_them(tmp_path: Path, decoder):
+    for k in range(4):
+        path = tmp_path / "images" / ("cat", "dog")[k % 2] / f"{k}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(k).integers(0, 256, (50 + k, 70, 3)).astype(np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = (1, 6, 3, 8)[k]
+        Image.fromarray(pixels).save(path, exif=exif)
+    index = open_index(ingested(tmp_path / "images"))
+    data, source = Data(path=index.folder, size=16, batch=4, decoder=decoder), Folder(path=tmp_path / "images")
+    rows = [row for row in source.rows(labelled=False) if isinstance(row, Row)]
+    ((files, good, _),) = file_batches(source, rows, data)
+    (batch,) = exact_batches(index, data, np.arange(4))
+    order = [ids_of(index, batch.rows).to_pylist().index(row.id) for row in good]
+    np.testing.assert_array_equal(files, batch.images[order])
 
 
 READERS: dict[str, Callable[[Path, Path], object]] = {

@@ -11,6 +11,7 @@ import pytest
 from small_runs import config_for, train
 
 from data_loaders import durable
+from data_loaders.faults import Refusal
 from data_loaders.images import decoder_name
 from data_loaders.index import DamagedRow, open_index
 from trainer import run
@@ -54,6 +55,15 @@ def test_a_training_that_skips_damaged_rows_counts_them_by_class_and_group_over_
     assert n > len(counts[0]) >= 0
     train(parted, stop_after=4)
     assert train(parted).rows["step-000000012"] == reports.rows["step-000000012"]
+
+
+def test_a_memory_that_is_too_small_for_evaluation_is_told_before_anything_is_written(dataset, tmp_path):
+    config = config_for(
+        dataset, tmp_path, **{"data.memory": 1, "data.batch": 60, "data.size": 64, "cluster.workers": 2}
+    )
+    with pytest.raises(Refusal, match="hold less than three batches"):
+        run.train(config)
+    assert not config.run_folder.exists()
 
 
 def test_skipped_rows_are_in_the_table_of_metrics(dataset, tmp_path):
