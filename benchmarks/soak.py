@@ -1,11 +1,12 @@
 """Whether loading leaks: python -m benchmarks.soak data=FOLDER [batches=10000] [batch=512] [size=32] [processes=0]
 
-Takes so many training batches of a data set with two threads (or processes), and prints the memory of this process, and
-of those that help it (PSS), and its open files after each tenth. Fails where the memory of the last tenth is more
-than 2 % above that of the second, which has everything warm.
+Takes so many training batches of a data set with two threads (or processes), and prints after each tenth of them the
+memory of this process and of those that help it, without files, which other programs share, and its open files. Fails
+where the last is more than 2 % above that of the second, which has everything warm.
 """
 
 import os
+import re
 import sys
 from itertools import chain
 from pathlib import Path
@@ -25,7 +26,8 @@ def memory() -> float:
     children = [task.read_text().split() for task in Path("/proc/self/task").glob("*/children")]
     pids = [os.getpid(), *chain.from_iterable(children)]
     files = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids)
-    return sum(int(file.split("Pss:")[1].split()[0]) for file in files) * 1024 / 1e6
+    found = (re.search(rf"^Pss_{part}: +(\d+) kB", file, re.MULTILINE) for file in files for part in ("Anon", "Shmem"))
+    return sum(int(size[1]) for size in found if size) * 1024 / 1e6
 
 
 def main(arguments: list[str]) -> None:

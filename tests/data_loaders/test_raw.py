@@ -321,6 +321,7 @@ def test_a_manifest_whose_side_is_not_that_of_its_rows_is_refused(raw: Path, pai
     ):
         path = folder / manifest.NAME
         tree = {**json.loads(path.read_bytes()), "side": side}
+        tree["fingerprint"] = manifest.fingerprint(tree)
         tree["checksum"] = manifest.checksum({k: v for k, v in tree.items() if k != "checksum"})
         with changed(path, json.dumps(tree).encode()), pytest.raises(Refusal, match=what):
             open_index(folder)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from small_runs import CPU, config_for, train
 
+from data_loaders.augment import centred
 from data_loaders.decode import decode
 from data_loaders.index import Reader, open_index
-from data_loaders.loader import Data, centred
+from data_loaders.loader import Data
 from trainer import checkpoint, evaluate
 from trainer.context import Cluster, Local, spawn
 from trainer.metrics.tally import Shape
