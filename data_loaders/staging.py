@@ -128,13 +128,17 @@ class Stager:
                 return  # another process has published it, or given it up, in between
             try:
                 sink.truncate(0)  # what a process that was killed has left
-                if self._is_copied(shard, sink):
-                    sink.flush()
-                    os.fsync(sink.fileno())
-                    os.replace(aside, copy)
-                    durable.flush(self._cache)
-            finally:
-                aside.unlink(missing_ok=True)
+                is_whole = not copy.exists() and self._is_copied(shard, sink)
+                sink.flush()
+                os.fsync(sink.fileno())
+            except OSError:
+                aside.unlink()
+                raise
+            if is_whole:
+                os.replace(aside, copy)
+                durable.flush(self._cache)
+            else:
+                aside.unlink()
 
     def _is_copied(self, shard: File, sink: BinaryIO) -> bool:
         """Whether all of it was, as it was written."""
