@@ -74,7 +74,7 @@ def test_parts_of_a_batch_are_contiguous_begin_at_even_places_and_are_about_as_l
     assert np.ptp([len(part) for part in found]) <= 3
 
 
-@pytest.mark.parametrize("workers", [2, 3, 5])
+@pytest.mark.parametrize("workers", [2, 3, 4, 5])
 def test_the_global_batch_is_the_same_for_any_number_of_workers(dataset: Path, workers):
     whole = batches(dataset)
     parts = [batches(dataset, rank, workers) for rank in range(workers)]
@@ -87,6 +87,21 @@ def test_the_global_batch_is_the_same_for_any_number_of_workers(dataset: Path, w
 @pytest.mark.parametrize("augmentation", [Standard(rotation=20, policy=RandAugment(), cutout=3), PadCrop()])
 def test_threads_processes_and_memory_change_no_batch(dataset: Path, settings, augmentation):
     assert same(batches(dataset, augmentation=augmentation), batches(dataset, augmentation=augmentation, **settings))
+
+
+@pytest.mark.parametrize("shards", [{}, {"encoding": "raw", "side": 24}])
+def test_photographs_and_pixels_are_the_same_bits_however_they_are_loaded(tmp_path: Path, shards):
+    for k in range(12):
+        path = tmp_path / "images" / ("cat", "dog")[k % 2] / f"{k}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(k).integers(0, 256, (50 + k, 70, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(path)
+    folder = ingested(tmp_path / "images", **shards)
+    augmentation = Standard(area=(0.08, 1.0), policy=RandAugment())
+    whole = batches(folder, augmentation=augmentation)
+    for settings in ({"threads": 1}, {"threads": 7}, {"loading": "processes", "threads": 1}):
+        assert same(whole, batches(folder, augmentation=augmentation, **settings))
+    assert same(whole, joined([batches(folder, rank, 4, augmentation=augmentation) for rank in range(4)]))
 
 
 @pytest.mark.parametrize("augmentation", [Plain(), Standard(rotation=20), PadCrop()])
