@@ -54,7 +54,7 @@ def test_images_decoded_on_a_device_are_those_of_the_host_but_for_a_few_levels(p
     Filler(photos, Recipe(32, "pillow", augmentation, 1)).fill(rows, positions, wanted)
     recipe, images = Recipe(32, "gpu", augmentation, 1), np.zeros((6, 32, 32, 3), np.uint8)
     filled = Filler(photos, recipe).fill(rows, positions, images)
-    names = [photos.id_of(row) for row in rows]
+    names = [photos.id_of(row) for row in rows.tolist()]
     assert [names[place] for place, _ in filled.files] == [n for n in names if n not in {"dog/3.jpg", "dog/5.png"}]
     assert not images[[place for place, _ in filled.files]].any()
     found = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)

@@ -77,10 +77,8 @@ def test_pixels_do_not_depend_on_whether_a_copy_is_damaged_or_the_cache_is_no_fo
     index, found = open_index(photos), []
     for name in ("none", "whole", "damaged", "a file"):
         cache = None if name == "none" else tmp_path / name
-        if name in {"whole", "damaged"}:
-            copies = staged(index, tmp_path / name)
-        if name == "damaged":
-            for copy in copies:
+        for copy in staged(index, tmp_path / name) if name in {"whole", "damaged"} else ():
+            if name == "damaged":
                 copy.write_bytes(bytes(copy.stat().st_size))
         if name == "a file":
             (tmp_path / name).write_text("")
