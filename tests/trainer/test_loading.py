@@ -17,14 +17,15 @@ from trainer import run
 from trainer.collect import read_log
 
 
-def damaged(dataset: Path, folder: Path, row: int) -> Path:
-    """A copy of a data set with a bit of a row changed."""
+def damaged(dataset: Path, folder: Path, *rows: int) -> Path:
+    """A copy of a data set with a bit of each of these rows changed."""
     shutil.copytree(dataset, folder)
     index = open_index(folder)
-    shard = folder / "shards" / index.shards[index.shard[row]]
-    content = bytearray(shard.read_bytes())
-    content[index.offset[row] + 40] ^= 1
-    shard.write_bytes(content)
+    for row in rows:
+        shard = folder / "shards" / index.shards[index.shard[row]]
+        content = bytearray(shard.read_bytes())
+        content[index.offset[row] + 40] ^= 1
+        shard.write_bytes(content)
     return folder
 
 
@@ -54,6 +55,21 @@ def test_a_training_that_skips_damaged_rows_counts_them_by_class_and_group_over_
     assert n > len(counts[0]) >= 0
     train(parted, stop_after=4)
     assert train(parted).rows["step-000000012"] == reports.rows["step-000000012"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_ceiling_of_damaged_rows_is_that_of_all_workers(dataset, tmp_path, workers):
+    index = open_index(dataset)
+    rows = index.rows_of("train")
+    kinds = index.labels[rows] * len(index.cell_names) + index.cells[rows]
+    bad = rows[kinds == np.bincount(kinds).argmax()][:2].tolist()
+    data = damaged(dataset, tmp_path / "data", *bad)
+    changes = {"data.damaged": "skip", "cluster.workers": workers, "train.steps": 24, "train.report_every": 12}
+    with pytest.raises(Refusal, match="2 damaged rows were met"):
+        run.train(config_for(data, tmp_path / "few", **changes))
+    config = config_for(data, tmp_path / "enough", **changes, **{"data.most_damaged": 0.02})
+    run.train(config)
+    assert durable.damage(config.run_folder / "model") is None
 
 
 def test_a_memory_that_is_too_small_for_evaluation_is_told_before_anything_is_written(dataset, tmp_path):
