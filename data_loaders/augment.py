@@ -251,9 +251,12 @@ def _shifted(image: Pixels, down: int, right: int) -> Pixels:
     if not (down or right):
         return image
     found = np.zeros_like(image)
-    height, width = image.shape[:2]
-    if abs(down) < height and abs(right) < width:
-        found[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = image[
-            max(-down, 0) : height - max(down, 0), max(-right, 0) : width - max(right, 0)
-        ]
+    (to_y, from_y), (to_x, from_x) = overlap(image.shape[0], down), overlap(image.shape[1], right)
+    found[to_y, to_x] = image[from_y, from_x]
     return found
+
+
+def overlap(size: int, by: int) -> tuple[slice, slice]:
+    """Of a line of pixels that is moved by so many: where those that stay come to, and where they come from."""
+    kept, to, start = max(size - abs(by), 0), max(by, 0), max(-by, 0)
+    return slice(to, to + kept), slice(start, start + kept)

@@ -48,17 +48,14 @@ class Begun(NamedTuple):
     parts: list[tuple[int, Future[Filled]]]
     """First place of each part, and what comes of it."""
 
-    def wait(self) -> list[Filled]:
-        """What filling it took, part by part; places are those of the batch."""
+    def wait(self) -> Filled:
+        """What filling all of it took; places are those of the batch."""
         done = [(first, future.result()) for first, future in self.parts]
-        return [
-            Filled(
-                found.seconds,
-                [(first + k, wrong) for k, wrong in found.damaged],
-                [(first + k, file) for k, file in found.files],
-            )
-            for first, found in done
-        ]
+        return Filled(
+            np.sum([part.seconds for _, part in done], axis=0),
+            [(first + place, wrong) for first, part in done for place, wrong in part.damaged],
+            [(first + place, file) for first, part in done for place, file in part.files],
+        )
 
 
 class Block(Protocol):

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from data_loaders.augment import Placing
+from data_loaders.augment import Placing, overlap
 from data_loaders.decode import decode
 from data_loaders.images import Encoded, made
 from data_loaders.index import Index
@@ -76,7 +76,6 @@ def _placed(picture: Tensor, placing: Placing, place: int, size: int) -> Tensor:
 def _shifted(image: Tensor, down: int, right: int) -> Tensor:
     """By whole pixels; black comes in."""
     size, found = image.shape[-1], torch.zeros_like(image)
-    to_y, to_x = slice(max(down, 0), size + min(down, 0)), slice(max(right, 0), size + min(right, 0))
-    from_y, from_x = slice(max(-down, 0), size - max(down, 0)), slice(max(-right, 0), size - max(right, 0))
+    (to_y, from_y), (to_x, from_x) = overlap(size, down), overlap(size, right)
     found[:, to_y, to_x] = image[:, from_y, from_x]
     return found

@@ -128,9 +128,10 @@ class Filler:
     def expect(self, rows: Ints) -> None:
         """Has the system read these rows ahead, all at once, if one of a few of them is not in its memory: to ask for
         each costs a small image as much as to read it."""
-        samples = self.index.samples(rows)
+        probes = self.index.samples(rows[:: max(len(rows) // PROBES, 1)])
         with suppress(OSError):  # which the one who reads meets again
-            if any(self._is_far(samples, place) for place in range(0, len(rows), max(len(rows) // PROBES, 1))):
+            if any(self._is_far(probes, place) for place in range(len(probes.shard))):
+                samples = self.index.samples(rows)
                 for place in np.lexsort((samples.offset, samples.shard)).tolist():
                     handle = self.reader.handle(int(samples.shard[place]))
                     span = int(samples.offset[place]), int(samples.length[place])

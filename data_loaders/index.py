@@ -78,10 +78,6 @@ class Order(NamedTuple):
 class Samples(NamedTuple):
     """What a loader needs to know of B rows."""
 
-    labels: Ints
-    """[B]"""
-    cells: Ints
-    """[B], as `Index.cells` numbers them."""
     shard: Ints
     """[B]"""
     offset: Ints
@@ -275,7 +271,7 @@ class Index:
         shard, start, length, *rest = (self._at(getattr(self, name), rows) for name in names)
         if _outside(shard, len(self.shards)) or _leads_out(start, length, self._shard_sizes[shard]):
             self.check(wait=True)
-        return Samples(self.labels_of(rows), self.cells_of(rows), shard, start, length, *rest)
+        return Samples(shard, start, length, *rest)
 
     def _at(self, values: NDArray[Any], rows: "Rows") -> Ints:
         try:

@@ -215,15 +215,15 @@ def _batches(
             except Exception:
                 index.check(wait=True)  # or it is because of a damaged index
                 raise
-            _share_out(perf_counter() - began, filled, costs)
-            files, damaged = ([one for done in filled for one in getattr(done, name)] for name in ("files", "damaged"))
-            index.check(wait=bool(damaged))
-            for place, wrong in damaged:
+            _share_out(perf_counter() - began, filled.seconds, costs)
+            files = [*filled.files]
+            index.check(wait=bool(filled.damaged))
+            for place, wrong in filled.damaged:
                 if mend is None or not wrong.lasts:
                     raise wrong
                 files += [(place, file) for _, file in mend(crew, begun, place, wrong).files]
             ahead.extend(crew.start(*item) for item in islice(plan, 1))
-            replaced = [place for place, _ in damaged]
+            replaced = [place for place, _ in filled.damaged]
             yield _batch(index, begun, replaced, _encoded(index, recipe, begun, files))
             del begun  # so that its memory is free as soon as whoever took the batch is done with it
         index.check(wait=True)
@@ -247,8 +247,7 @@ def _batch(index: Index, begun: Begun, replaced: list[int], encoded: Encoded | N
     return Batch(begun.images.transpose(0, 3, 1, 2), labels, cells, rows, flags[0], positions, flags[1], encoded)
 
 
-def _share_out(seconds: float, filled: list[Filled], costs: Costs) -> None:
-    spent = np.sum([done.seconds for done in filled], axis=0)
+def _share_out(seconds: float, spent: Floats, costs: Costs) -> None:
     costs.waited += seconds * spent / max(spent.sum(), 1e-9)
 
 

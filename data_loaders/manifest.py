@@ -171,9 +171,8 @@ def publish(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def fingerprint(tree: Mapping[str, Any]) -> str:
-    return _digest({name: tree[name] for name in ("classes", "groups", "splits", "side", "index", "order", "shards")})[
-        :16
-    ]
+    rows_are = ("classes", "groups", "splits", "side", "index", "order", "shards")
+    return _digest({name: tree[name] for name in rows_are})[:16]
 
 
 def checksum(tree: Mapping[str, Any]) -> str:
