@@ -3,17 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from pictures import ingested, path_of
 from PIL import Image
 
 from data_loaders import gpu
 from data_loaders.augment import AnyAugmentation, PadCrop, Standard
 from data_loaders.images import Encoded, Filler, Recipe
 from data_loaders.index import DamagedRow, Index, open_index
-from data_loaders.ingest import Ingest, in_processes, ingest
 from data_loaders.loader import Data, training_batches
-from data_loaders.shards import Shards
-from data_loaders.sources.folder import Folder
-from data_loaders.splits import Splits
 
 TURNED = 6
 """EXIF orientation of one of the images."""
@@ -30,18 +27,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Index:
     """Six rows: upright JPEGs, one of them grey, one that is turned, and a PNG."""
     folder = tmp_path_factory.mktemp("photos")
     for k in range(6):
-        path = folder / "images" / ("cat", "dog")[k % 2] / f"{k}.{'png' if k == 5 else 'jpg'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = path_of(folder / "images", k, "png" if k == 5 else "jpg")
         image = smooth(k, 90 + k, 70)
         exif = Image.Exif()
         exif[0x0112] = TURNED if k == 3 else 1
         file = image.convert("L") if k == 2 else image
         file.save(path, **({} if k == 5 else {"quality": 95, "subsampling": 0, "exif": exif}))
-    settings = Ingest(
-        source=Folder(path=folder / "images"), out=folder / "data", splits=Splits(val=0, test=0), shards=Shards()
-    )
-    ingest(settings, in_processes(1))
-    return open_index(folder / "data")
+    return open_index(ingested(folder / "images"))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

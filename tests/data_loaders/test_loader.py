@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pictures import ingested, noisy, path_of
 from PIL import Image
 
 from data_loaders import images, loader
@@ -26,7 +27,6 @@ from data_loaders.contents.pixels import channels
 from data_loaders.decode import Undecodable, decode
 from data_loaders.faults import Refusal
 from data_loaders.index import DamagedRow, Index, Reader, open_index
-from data_loaders.ingest import Ingest, in_processes, ingest
 from data_loaders.loader import (
     MOST_AHEAD,
     Batch,
@@ -40,10 +40,8 @@ from data_loaders.loader import (
 )
 from data_loaders.policies import RandAugment
 from data_loaders.sampler import Stratified
-from data_loaders.shards import Shards
 from data_loaders.sources.folder import Folder
 from data_loaders.sources.rows import Row
-from data_loaders.splits import Splits
 from data_loaders.torch import ShardDataset
 
 STEPS = range(3, 8)
@@ -101,10 +99,7 @@ def test_threads_processes_and_memory_change_no_batch(dataset: Path, settings, a
 @pytest.mark.parametrize("shards", [{}, {"encoding": "raw", "side": 24}])
 def test_photographs_and_pixels_are_the_same_bits_however_they_are_loaded(tmp_path: Path, shards):
     for k in range(12):
-        path = tmp_path / "images" / ("cat", "dog")[k % 2] / f"{k}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(k).integers(0, 256, (50 + k, 70, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(path)
+        noisy(k, 50 + k, 70).save(path_of(tmp_path / "images", k))
     folder = ingested(tmp_path / "images", **shards)
     augmentation = Standard(area=(0.08, 1.0), policy=RandAugment())
     whole = batches(folder, augmentation=augmentation)
@@ -329,12 +324,9 @@ def test_files_outside_of_a_data_set_are_read_and_bad_ones_told(dataset: Path, t
 @pytest.mark.parametrize("decoder", ["auto", "pillow"])
 def test_files_are_seen_as_evaluation_sees_them(tmp_path: Path, decoder):
     for k in range(4):
-        path = tmp_path / "images" / ("cat", "dog")[k % 2] / f"{k}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(k).integers(0, 256, (50 + k, 70, 3)).astype(np.uint8)
         exif = Image.Exif()
         exif[0x0112] = (1, 6, 3, 8)[k]
-        Image.fromarray(pixels).save(path, exif=exif)
+        noisy(k, 50 + k, 70).save(path_of(tmp_path / "images", k), exif=exif)
     index = open_index(ingested(tmp_path / "images"))
     data, source = Data(path=index.folder, size=16, batch=4, decoder=decoder), Folder(path=tmp_path / "images")
     rows = [row for row in source.rows(labelled=False) if isinstance(row, Row)]
@@ -359,15 +351,6 @@ READERS: dict[str, Callable[[Path, Path], object]] = {
 def paged(data: Path, out: Path) -> None:
     made, index = read(data)
     write_page(overview(index, made), index, out, 4, 4, 0)
-
-
-def ingested(folder: Path, **shards) -> Path:
-    """What is in a folder, all for training."""
-    settings = Ingest(
-        source=Folder(path=folder), out=folder.parent / "data", splits=Splits(val=0, test=0), shards=Shards(**shards)
-    )
-    ingest(settings, in_processes(1))
-    return settings.out
 
 
 def shot(path: Path, size: tuple[int, int] = (9, 7)) -> None:

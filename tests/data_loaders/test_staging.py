@@ -8,15 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from pictures import ingested, noisy, path_of
 
 from data_loaders.images import picture
 from data_loaders.index import DamagedRow, Reader, open_index
-from data_loaders.ingest import Ingest, in_processes, ingest
 from data_loaders.loader import Data, training_batches
 from data_loaders.sampler import Stratified
-from data_loaders.sources.folder import Folder
-from data_loaders.splits import Splits
 from data_loaders.staging import LOOK_S, ROOM, StagedReader, Stager, copy_of
 
 
@@ -93,13 +90,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six noisy JPEGs."""
     folder = tmp_path_factory.mktemp("photos")
     for k in range(6):
-        path = folder / "images" / ("cat", "dog")[k % 2] / f"{k}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(k).integers(0, 256, (60, 80, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(path, quality=80)
-    source = Folder(path=folder / "images")
-    ingest(Ingest(source=source, out=folder / "data", splits=Splits(val=0, test=0)), in_processes(1))
-    return folder / "data"
+        noisy(k, 60, 80).save(path_of(folder / "images", k), quality=80)
+    return ingested(folder / "images")
 
 
 def test_a_cache_that_others_may_write_to_is_not_used(dataset: Path, tmp_path: Path, capsys):
